@@ -1,0 +1,1 @@
+"""Commented YAML for every verb; `harness train quickstart` finds an embedded one by its name."""
