@@ -61,8 +61,7 @@ def validate(
         return config_type.model_validate(values)
     except ValidationError as error:
         lines = [
-            _line(config_type, problem, label, set(from_command_line))
-            for problem in error.errors(include_url=False)
+            _line(config_type, problem, label, set(from_command_line)) for problem in error.errors(include_url=False)
         ]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
@@ -76,7 +75,7 @@ def read_yaml(file: Path, label: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{label}: cannot be read: {error}") from None
     try:
-        values = yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+        values = yaml.load(text, _Loader)
     except ConfigError as error:
         raise ConfigError(f"{label}: {error}") from None
     except yaml.YAMLError as error:
@@ -94,7 +93,7 @@ def parse_override(override: str) -> tuple[list[str], Any]:
     if not equals or not key.strip():
         raise ConfigError(f"command line: {override!r} is not of the form section.key=value")
     try:
-        return key.strip().split("."), yaml.load(text, _Loader)  # noqa: S506
+        return key.strip().split("."), yaml.load(text, _Loader)
     except yaml.YAMLError:
         return key.strip().split("."), text  # text that happens to look like broken YAML, a prompt say
 
@@ -107,7 +106,9 @@ def _set_at(values: dict[str, Any], path: list[str], value: Any, override: str) 
         if isinstance(place, list):
             if not part.isdigit() or int(part) >= len(place):
                 where = ".".join(path[:depth])
-                raise ConfigError(f"command line: {override!r}: {where} is a list of {len(place)}; number its items from 0")
+                raise ConfigError(
+                    f"command line: {override!r}: {where} is a list of {len(place)}; number its items from 0"
+                )
             if last:
                 place[int(part)] = value
             else:

@@ -1,0 +1,23 @@
+"""What runs beside the loop: the protocol, validation, saving.
+
+In: the trainer's state at the moment that a hook's name says. Out: columns of the step's record, checkpoints, events.
+Read base.py first. Rooms above this one bring callbacks of their own.
+"""
+
+from .base import Callback, TrainerView, is_due
+from .config import CheckpointSection, ValidationSection
+from .saving import Saving
+from .validation import Score, Validation, evaluating, score
+
+__all__ = [
+    "Callback",
+    "CheckpointSection",
+    "Saving",
+    "Score",
+    "TrainerView",
+    "Validation",
+    "ValidationSection",
+    "evaluating",
+    "is_due",
+    "score",
+]

@@ -1,0 +1,72 @@
+"""The callback protocol: what runs beside the loop, and when."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from harness.data import Prepared
+from harness.model import Decoder
+from harness.parallel import Engine, ParallelLayout
+from harness.runs import RunFolder
+
+
+class TrainerView(Protocol):
+    """What a callback may see of the run."""
+
+    @property
+    def step(self) -> int:
+        """The last completed step; 0 before the first."""
+
+    @property
+    def total_steps(self) -> int: ...
+
+    @property
+    def model(self) -> Decoder: ...
+
+    @property
+    def engine(self) -> Engine: ...
+
+    @property
+    def layout(self) -> ParallelLayout: ...
+
+    @property
+    def prepared(self) -> Prepared: ...
+
+    @property
+    def run(self) -> RunFolder: ...
+
+    def save(self) -> None:
+        """Commit a checkpoint of the last completed step."""
+
+
+class Callback:
+    """Something periodic. A hook's name says when it runs; the base class's hooks do nothing.
+
+    `name` is its key in a checkpoint. State that must survive a resume goes through state_dict and load_state_dict and
+    must be JSON.
+    """
+
+    name = "callback"
+
+    def before_training(self, trainer: TrainerView) -> None:
+        """Once, after everything is built and a checkpoint is loaded, before the first step."""
+
+    def after_step(self, trainer: TrainerView, record: dict[str, Any]) -> None:
+        """After the optimizer step; may add columns to the step's record, which is then written to metrics.jsonl."""
+
+    def after_record(self, trainer: TrainerView, record: dict[str, Any]) -> None:
+        """After the record is written: the place to save, since a checkpoint must not be ahead of the metrics."""
+
+    def after_training(self, trainer: TrainerView) -> None:
+        """Once, after the last step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what state_dict gave."""
+
+
+def is_due(step: int, total_steps: int, every_steps: int | None) -> bool:
+    """Whether something that happens every so many steps, and after the last, happens after this one."""
+    return step == total_steps or (every_steps is not None and step % every_steps == 0)

@@ -1,0 +1,112 @@
+"""Validation: cross-entropy and bits per byte on held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from harness.data import Batch, DataSection, EvaluationWindows
+from harness.model import Decoder
+
+from .base import Callback, TrainerView, is_due
+from .config import ValidationSection
+
+
+@dataclass
+class Score:
+    """Sums over scored tokens, from which every mean follows."""
+
+    nll: float = 0.0
+    """Negative log-likelihood, nats."""
+    tokens: int = 0
+    """Tokens predicted, end-of-text tokens among them."""
+    bytes: int = 0
+    """UTF-8 bytes that these tokens stand for; an end-of-text token stands for none, but its cost counts."""
+    correct: int = 0
+    """Tokens that had the largest logit."""
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy, nats a token."""
+        return self.nll / self.tokens if self.tokens else math.nan
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nll / math.log(2) / self.bytes if self.bytes else math.nan
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.tokens if self.tokens else math.nan
+
+    def __add__(self, other: Score) -> Score:
+        return Score(
+            self.nll + other.nll, self.tokens + other.tokens, self.bytes + other.bytes, self.correct + other.correct
+        )
+
+
+@torch.no_grad()
+def score(
+    model: Decoder, windows: Iterable[tuple[str, Batch]], token_bytes: np.ndarray, device: torch.device
+) -> dict[str, Score]:
+    """The score of each corpus. `token_bytes` (vocab_size,) is the tokenizer's table of bytes a token."""
+    table = torch.from_numpy(token_bytes.astype(np.int64)).to(device)
+    scores: dict[str, Score] = {}
+    with evaluating(model):
+        for corpus, batch in windows:
+            batch = batch.to(device)
+            output = model(
+                batch.tokens, batch.targets, batch.positions, batch.document_ids, plain=True, outputs=("correct",)
+            )
+            valid = batch.targets >= 0
+            scores[corpus] = scores.get(corpus, Score()) + Score(
+                nll=float(output.loss),
+                tokens=int(valid.sum()),
+                bytes=int(table[batch.targets[valid]].sum()),
+                correct=int(output.correct[valid].sum()),
+            )
+    return scores
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in evaluation mode (no dropout)."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+class Validation(Callback):
+    """Adds validation_loss and validation_bits_per_byte to the record of the steps that are due."""
+
+    name = "validation"
+
+    def __init__(self, section: ValidationSection, data: DataSection) -> None:
+        self.section, self.data = section, data
+        self.last: dict[str, Score] = {}
+        """The newest scores by corpus."""
+
+    def after_step(self, trainer: TrainerView, record: dict[str, Any]) -> None:
+        if is_due(trainer.step, trainer.total_steps, self.section.every_steps):
+            record.update(self.measure(trainer))
+
+    def measure(self, trainer: TrainerView) -> dict[str, float]:
+        """Score the validation split now; the columns that go into the record."""
+        windows = EvaluationWindows(
+            trainer.prepared, self.data, "validation", self.section.batch_size, limit_samples=self.section.samples
+        )
+        self.last = score(trainer.model, windows, trainer.prepared.tokenizer.token_bytes(), trainer.layout.device)
+        total = sum(self.last.values(), Score())
+        columns = {"validation_loss": total.loss, "validation_bits_per_byte": total.bits_per_byte}
+        if len(self.last) > 1:
+            columns.update({f"validation_loss/{corpus}": result.loss for corpus, result in self.last.items()})
+        return columns

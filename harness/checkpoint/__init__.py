@@ -1,0 +1,11 @@
+"""Fragments of named tensors and JSON state in, a committed and verified step folder out, and back on any layout.
+
+Tensors are known by logical name and global shape, never by the layout that wrote them; nothing is ever unpickled.
+Read store.py first (saving, finding, loading), then manifest.py (the format).
+"""
+
+from .errors import CheckpointError
+from .manifest import Manifest, StoredFile, StoredFragment, StoredTensor
+from .store import CheckpointStore
+
+__all__ = ["CheckpointError", "CheckpointStore", "Manifest", "StoredFile", "StoredFragment", "StoredTensor"]

@@ -1,0 +1,54 @@
+"""Files that are on the disk when a function returns."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """A new file with `content`, flushed to the disk."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def make_folders(folder: Path) -> None:
+    """`folder` and what is missing above it, each flushed into its parent."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    for place in reversed(missing):
+        place.mkdir(exist_ok=True)
+        sync(place.parent)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def plain_file_problem(path: Path, size: int) -> str | None:
+    """Why `path` is not a plain file of `size` bytes; None where it is.
+
+    A link is refused: it would let a checkpoint reach out of its folder.
+    """
+    try:
+        status = path.lstat()
+    except OSError as error:
+        return f"cannot be read ({error.strerror}): the checkpoint is damaged"
+    if not stat.S_ISREG(status.st_mode):
+        return "is not a plain file (a link, a folder or a device): a checkpoint holds its own files"
+    if status.st_size != size:
+        return f"has {status.st_size} bytes and the manifest says {size}: the file is damaged"
+    return None

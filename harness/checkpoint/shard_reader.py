@@ -1,0 +1,120 @@
+"""Boxes of tensors out of safetensors files, wherever the boxes that were written begin and end."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from harness.parallel.fragments import Fragment
+
+from .boxes import Box
+from .disk import plain_file_problem, sha256_of
+from .dtypes import SAFETENSORS_NAMES, dtype_name
+from .errors import CheckpointError
+from .manifest import Manifest, StoredFile, StoredFragment
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One stored box, or a part of it, into one view of live memory."""
+
+    source: StoredFragment
+    dtype: str
+    part: tuple[slice, ...]
+    """Of the stored box."""
+    target: torch.Tensor
+
+
+def plan_copies(
+    manifest: Manifest, into: Sequence[Fragment], where: str, *, allow_unused: bool
+) -> dict[str, list[Copy]]:
+    """What to copy, by file. Touches no tensor.
+
+    A manifest's tensors are tiled by their fragments (read_manifest checks it), so whatever lies inside a tensor's
+    shape is covered. Raises CheckpointError for names, shapes and dtypes that don't agree; `where` begins its line.
+    """
+    _check_names(manifest, into, where, allow_unused)
+    copies = defaultdict(list)
+    for fragment in into:
+        stored = manifest.tensors[fragment.key]
+        dtype, shape = dtype_name(fragment.tensor), tuple(fragment.global_shape)
+        if (stored.dtype, stored.shape) != (dtype, shape):
+            raise CheckpointError(
+                f"{where}: tensor {fragment.key} is {stored.dtype} {stored.shape} there, and {dtype} {shape} here: "
+                "use the model and precision that it was saved with"
+            )
+        box = Box(tuple(fragment.offsets), tuple(fragment.tensor.shape))
+        for source in stored.fragments:
+            common = source.box.intersect(box)
+            if common:
+                target = fragment.tensor.detach()[common.slices_in(box)]
+                copies[source.file].append(Copy(source, dtype, common.slices_in(source.box), target))
+    return dict(copies)
+
+
+def copy_planned(folder: Path, copies: dict[str, list[Copy]]) -> None:
+    """Carry a plan out. Every file is opened and its header compared with the plan before the first copy."""
+    with ExitStack() as stack:
+        opened = {name: _open(stack, folder / name) for name in sorted(copies)}
+        for name, file in opened.items():
+            for copy in copies[name]:
+                _check_header(file, copy.source, copy.dtype, folder / name)
+        for name, file in opened.items():
+            for copy in copies[name]:
+                # get_slice reads no more than the slice, but a scalar has no slices.
+                stored = file.get_slice(copy.source.key)[copy.part] if copy.part else file.get_tensor(copy.source.key)
+                copy.target.copy_(stored)
+
+
+def content_problem(folder: Path, name: str, file: StoredFile) -> str | None:
+    """Why the bytes of a file are not those that were written; None where they are. Reads every byte."""
+    problem = plain_file_problem(folder / name, file.bytes)
+    if problem is None and sha256_of(folder / name) != file.sha256:
+        problem = "digest differs from the manifest: the file is damaged"
+    return problem
+
+
+def _open(stack: ExitStack, path: Path) -> Any:
+    try:
+        return stack.enter_context(safe_open(path, framework="pt"))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: is not a safetensors file: {error}") from None
+
+
+def _check_header(file: Any, source: StoredFragment, dtype: str, path: Path) -> None:
+    try:
+        header = file.get_slice(source.key)
+    except SafetensorError:
+        raise CheckpointError(f"{path}: has no tensor {source.key}, which the manifest places there") from None
+    found, expected = (header.get_dtype(), tuple(header.get_shape())), (SAFETENSORS_NAMES[dtype], source.shape)
+    if found != expected:
+        raise CheckpointError(
+            f"{path}: {source.key} is {found[0]} {found[1]}, and {expected[0]} {expected[1]} in the manifest"
+        )
+
+
+def _check_names(manifest: Manifest, into: Sequence[Fragment], where: str, allow_unused: bool) -> None:
+    requested = {fragment.key: fragment.kind for fragment in into}
+    missing = sorted(requested.keys() - manifest.tensors.keys())
+    if missing:
+        raise CheckpointError(
+            f"{where}: {_listed(missing)} not in it: use the model and optimizer that it was saved with"
+        )
+    kinds = set(requested.values())
+    unused = sorted(key for key in manifest.tensors.keys() - requested.keys() if key.partition("/")[0] in kinds)
+    if unused and not allow_unused:
+        raise CheckpointError(
+            f"{where}: {_listed(unused)} in it and unknown here: use the model that it was saved with"
+        )
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return f"tensor {shown} is" if len(names) == 1 else f"{len(names)} tensors ({shown}) are"

@@ -1,0 +1,115 @@
+"""Boxes of tensors into safetensors files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from harness.parallel.fragments import Fragment
+
+from .boxes import Box
+from .disk import sha256_of, sync
+from .dtypes import SAFETENSORS_NAMES, dtype_name
+from .errors import CheckpointError
+from .manifest import Part, StoredFile, StoredFragment, StoredTensor
+
+
+def write_fragments(
+    folder: Path, fragments: Iterable[Fragment], file_name: Callable[[int], str], max_file_bytes: int
+) -> Part:
+    """Write `fragments`, in their order, into files of at most `max_file_bytes` (or one fragment), and describe them.
+
+    Every file is flushed to the disk and hashed. Beside live memory at most one file's worth of copies is held: of
+    boxes that are not contiguous or not on the CPU. Raises CheckpointError for fragments that contradict each other.
+    """
+    writer = _ShardWriter(folder, file_name, max_file_bytes)
+    for fragment in fragments:
+        writer.add(fragment)
+    writer.flush()
+    return writer.part()
+
+
+class _ShardWriter:
+    """Collects boxes until a file is full."""
+
+    def __init__(self, folder: Path, file_name: Callable[[int], str], max_file_bytes: int) -> None:
+        self._folder = folder
+        self._file_name = file_name
+        self._max_file_bytes = max_file_bytes
+        self._headers: dict[str, StoredTensor] = {}
+        self._boxes: dict[str, dict[str, StoredFragment]] = {}
+        self._files: dict[str, StoredFile] = {}
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+
+    def add(self, fragment: Fragment) -> None:
+        tensor, key = fragment.tensor.detach(), fragment.key
+        header = StoredTensor(shape=tuple(fragment.global_shape), dtype=_storable_dtype(fragment), fragments=())
+        known = self._headers.setdefault(key, header)
+        if known != header:
+            raise CheckpointError(
+                f"tensor {key}: one fragment is of {known.dtype} {known.shape}, "
+                f"another of {header.dtype} {header.shape}"
+            )
+        boxes = self._boxes.setdefault(key, {})
+        if not tensor.numel():
+            return
+        box = Box(tuple(fragment.offsets), tuple(tensor.shape))
+        key_in_file = _key_in_file(key, box, known.shape)
+        if key_in_file in boxes:
+            raise CheckpointError(f"tensor {key}: the part at {box.offsets} is given twice")
+        # A tensor may be named like another's part, "w@0": then they lie in two files.
+        if self._pending_bytes + tensor.nbytes > self._max_file_bytes or key_in_file in self._pending:
+            self.flush()
+        file = self._file_name(len(self._files))
+        boxes[key_in_file] = StoredFragment(offsets=box.offsets, shape=box.shape, file=file, key=key_in_file)
+        self._pending[key_in_file] = tensor.to("cpu").contiguous()
+        self._pending_bytes += tensor.nbytes
+
+    def flush(self) -> None:
+        """What is pending, as one file."""
+        if not self._pending:
+            return
+        name = self._file_name(len(self._files))
+        path = self._folder / name
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(_without_shared_memory(self._pending), path)
+        path.chmod(mode)  # safetensors makes files that only their owner can read
+        sync(path)
+        self._files[name] = StoredFile(bytes=path.stat().st_size, sha256=sha256_of(path))
+        self._pending, self._pending_bytes = {}, 0
+
+    def part(self) -> Part:
+        tensors = {
+            key: header.model_copy(update={"fragments": tuple(self._boxes[key].values())})
+            for key, header in self._headers.items()
+        }
+        return Part(tensors=tensors, files=self._files)
+
+
+def _without_shared_memory(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of tensors that overlap others in memory, which safetensors refuses: here each name is stored whole."""
+    result = {}
+    last_stop = 0
+    for key, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        result[key] = tensor.clone() if tensor.data_ptr() < last_stop else tensor
+        last_stop = max(last_stop, tensor.data_ptr() + tensor.nbytes)
+    return result
+
+
+def _key_in_file(key: str, box: Box, global_shape: tuple[int, ...]) -> str:
+    """A whole tensor is stored under its own key, for any safetensors reader to find; a part says where it starts."""
+    return key if box.shape == global_shape else f"{key}@{','.join(map(str, box.offsets))}"
+
+
+def _storable_dtype(fragment: Fragment) -> str:
+    name = dtype_name(fragment.tensor)
+    if name not in SAFETENSORS_NAMES:
+        raise CheckpointError(
+            f"tensor {fragment.key}: dtype {name} cannot be stored; use one of {', '.join(SAFETENSORS_NAMES)}"
+        )
+    return name

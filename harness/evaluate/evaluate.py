@@ -1,0 +1,67 @@
+"""A checkpoint's loss on held-out text, and every token's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.callbacks import Score, score
+from harness.config import HarnessError
+from harness.data import DataSection, EvaluationWindows, prepare
+from harness.model import Decoder
+from harness.parallel import ParallelLayout, ParallelSection
+
+from .config import EvaluateSection
+from .restore import restore
+
+
+def evaluate(target: Path, section: EvaluateSection, data: DataSection, parallel: ParallelSection) -> dict[str, Any]:
+    """Loss (nats a token), bits per byte, accuracy and counts, in all and by corpus.
+
+    The data are those of `data`, which must have been tokenized with the run's tokenizer.
+    """
+    with ParallelLayout(parallel) as layout:
+        restored = restore(target, step=section.step, device=layout.device)
+        prepared = prepare(data)
+        if prepared.tokenizer.fingerprint != restored.tokenizer.fingerprint:
+            raise HarnessError(
+                f"{prepared.folder}: tokenized with another tokenizer than {restored.run_folder} was trained with"
+            )
+        windows = EvaluationWindows(prepared, data, section.split, section.batch_size, limit_samples=section.samples)
+        scores = score(restored.model, windows, restored.tokenizer.token_bytes(), layout.device)
+        if section.per_token is not None:
+            np.savez_compressed(section.per_token, **per_token_losses(restored.model, windows, layout.device))
+    total = sum(scores.values(), Score())
+    return {
+        "run": str(restored.run_folder),
+        "step": restored.step,
+        "split": section.split,
+        **_columns(total),
+        "corpora": {corpus: _columns(result) for corpus, result in scores.items()},
+    }
+
+
+@torch.no_grad()
+def per_token_losses(model: Decoder, windows: EvaluationWindows, device: torch.device) -> dict[str, np.ndarray]:
+    """`CORPUS/tokens` (int64) and `CORPUS/losses` (fp32, nats) of every predicted token, in the order of the text."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for corpus, batch in windows:
+        batch = batch.to(device)
+        output = model(batch.tokens, batch.targets, batch.positions, batch.document_ids, plain=True, reduction="none")
+        valid = batch.targets >= 0
+        parts.setdefault(f"{corpus}/tokens", []).append(batch.targets[valid].cpu().numpy())
+        parts.setdefault(f"{corpus}/losses", []).append(output.loss[valid].float().cpu().numpy())
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def _columns(result: Score) -> dict[str, float]:
+    return {
+        "loss": result.loss,
+        "bits_per_byte": result.bits_per_byte,
+        "accuracy": result.accuracy,
+        "tokens": result.tokens,
+        "bytes": result.bytes,
+    }

@@ -1,0 +1,84 @@
+"""What a run says when it is done."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from harness.callbacks import Callback, Score, TrainerView, Validation, evaluating
+from harness.data import DataSection, text_bytes
+
+from .baselines import gzip_bits_per_byte, order2_bits_per_byte
+from .config import GenerateSection, SummarySection
+from .generate import complete
+
+logger = logging.getLogger("harness.summary")
+
+
+class Summary(Callback):
+    """After the last step: validation, baselines, a completion, and the commands that come next; also as
+    summary.json."""
+
+    name = "summary"
+
+    def __init__(self, section: SummarySection, data: DataSection, validation: Validation) -> None:
+        self.section, self.data, self.validation = section, data, validation
+
+    def after_training(self, trainer: TrainerView) -> None:
+        if not self.validation.last:  # a finished run that was started again
+            self.validation.measure(trainer)
+        total = sum(self.validation.last.values(), Score())
+        summary: dict[str, Any] = {
+            "step": trainer.step,
+            "validation_loss": total.loss,
+            "validation_bits_per_byte": total.bits_per_byte,
+            "validation_bytes": total.bytes,
+        }
+        if self.section.baselines:
+            summary |= self._baselines(trainer)
+        if self.section.prompt is not None:
+            options = GenerateSection(prompt=self.section.prompt, max_tokens=self.section.tokens, temperature=0.0)
+            with evaluating(trainer.model):
+                summary["completion"] = complete(trainer.model, trainer.prepared.tokenizer, options)
+        path = trainer.run.path / "summary.json"
+        path.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for line in self._lines(summary, trainer):
+            logger.info(line)
+
+    def _baselines(self, trainer: TrainerView) -> dict[str, float]:
+        """On the whole validation text, which is also what a validation without a limit reads."""
+        corpora = list(self.validation.last)
+        held_out = [text for corpus in corpora for text in text_bytes(trainer.prepared, corpus, "validation")]
+        training = (text for corpus in corpora for text in text_bytes(trainer.prepared, corpus, "train"))
+        return {
+            "order2_bits_per_byte": order2_bits_per_byte(training, held_out),
+            "gzip_bits_per_byte": gzip_bits_per_byte(held_out),
+        }
+
+    def _lines(self, summary: dict[str, Any], trainer: TrainerView) -> list[str]:
+        folder = trainer.run.path
+        lines = [
+            "",
+            f"done: {trainer.step} steps",
+            f"  validation loss      {summary['validation_loss']:.4f} nats a token",
+            f"  bits per byte        {summary['validation_bits_per_byte']:.3f}   "
+            f"(held-out text, {summary['validation_bytes']:,} bytes)",
+        ]
+        if "order2_bits_per_byte" in summary:
+            lines += [
+                f"    order-2 byte model {summary['order2_bits_per_byte']:.3f}   (counted on all training text)",
+                f"    gzip -9            {summary['gzip_bits_per_byte']:.3f}",
+            ]
+        if "completion" in summary:
+            lines.append("  greedy completion of the prompt, which ends at the bar:")
+            text = f"{self.section.prompt}|{summary['completion']}"
+            lines += [f"    {line}" for line in text.splitlines()]
+        return [
+            *lines,
+            "next:",
+            f"  tensorboard --logdir {folder / 'tensorboard'}",
+            f"  harness generate {folder} 'generate.prompt=def main('",
+            f"  harness evaluate {folder}",
+            f"  harness train {folder} train.steps={2 * trainer.total_steps}   # resumes, and goes on",
+        ]

@@ -1,0 +1,102 @@
+"""Causal self-attention with grouped queries, rotary positions and a cache for generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import ModelSection
+from .norms import RMSNorm
+from .sites import Tap
+
+
+class KeyValueCache:
+    """The keys and values of the tokens so far, of one layer: (batch, kv heads, capacity, head width)."""
+
+    def __init__(self, batch: int, capacity: int, section: ModelSection, like: Tensor) -> None:
+        shape = (batch, section.key_value_heads, capacity, section.head_width)
+        self._keys, self._values = like.new_empty(shape), like.new_empty(shape)
+        self.length = 0
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (batch, kv heads, new, head width) and return all so far."""
+        end = self.length + keys.shape[2]
+        self._keys[:, :, self.length : end] = keys
+        self._values[:, :, self.length : end] = values
+        self.length = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+
+@dataclass
+class AttentionContext:
+    """What all layers of one forward pass share."""
+
+    rotation: tuple[Tensor, Tensor] | None
+    """cos and sin, each (1 or batch, 1, sequence, head width / 2), or None without rotary positions."""
+    mask: Tensor | None
+    """True where a query may look at a key, (batch, 1, sequence, sequence); None: plain causal."""
+
+
+class Attention(nn.Module):
+    """Softmax attention (Vaswani et al. 2017) with grouped queries (Ainslie et al., arXiv 2305.13245).
+
+    The rows of `qkv` are grouped by key-value head: its query heads, its key head, its value head. So a contiguous
+    slice of rows is a whole number of groups, and a tensor-parallel shard.
+    """
+
+    def __init__(self, section: ModelSection) -> None:
+        super().__init__()
+        self.groups, self.width = section.key_value_heads, section.head_width
+        self.queries_per_group = section.heads // self.groups
+        self.dropout = section.dropout
+        rows = self.groups * (self.queries_per_group + 2) * self.width
+        self.qkv = nn.Linear(section.hidden_size, rows, bias=section.bias)
+        self.output = nn.Linear(section.heads * self.width, section.hidden_size, bias=section.bias)
+        self.q_norm = RMSNorm(self.width, section.norm_epsilon) if section.qk_norm else None
+        self.k_norm = RMSNorm(self.width, section.norm_epsilon) if section.qk_norm else None
+        self.q, self.k, self.v = Tap(), Tap(), Tap()
+
+    def forward(self, x: Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> Tensor:
+        """(batch, sequence, hidden) to the same shape."""
+        batch, sequence, _ = x.shape
+        split = [self.queries_per_group, 1, 1]
+        q, k, v = self.qkv(x).view(batch, sequence, self.groups, sum(split), self.width).split(split, dim=3)
+        q = self.q(q.reshape(batch, sequence, -1, self.width))
+        k, v = self.k(k.squeeze(3)), self.v(v.squeeze(3))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if context.rotation is not None:
+            q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        mixed = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=context.mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            # With a mask the mask is the whole truth; one query against a cache may look at all of it.
+            is_causal=context.mask is None and sequence > 1,
+            enable_gqa=self.queries_per_group > 1,
+        )
+        return self.output(mixed.transpose(1, 2).reshape(batch, sequence, -1))
+
+
+def rotation_tables(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x theta^(-2i/width), (rows, 1, sequence, width / 2), for positions (rows, sequence).
+
+    Angles are computed in fp32 whatever the dtype of the tables.
+    """
+    frequencies = theta ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
+    angles = positions[:, None, :, None].float() * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_{i + width/2}) of x (batch, heads, sequence, width) by their angles (arXiv 2104.09864)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,0 +1,156 @@
+"""The configuration of the decoder and of its loss."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from harness.config import Section
+
+from .shapes import FAMILIES, SHAPES
+
+
+class ModelSection(Section):
+    """The decoder. `shape` or `family` fill in what is not said; what is said wins; the resolved file says all."""
+
+    shape: str | None = None
+    """A named shape (gpt2-124m, gpt2-355m, gpt2-774m, gpt2-1.5b, llama-1b, llama-8b, ladder-0.1m to ladder-400m)."""
+
+    family: Literal["gpt2", "llama"] = "llama"
+    """Which published architecture the unsaid fields follow. gpt2: learned positions, LayerNorm, GELU, biases, tied
+    head. llama: rope, RMSNorm, SwiGLU, no biases, untied head."""
+
+    layers: int = Field(..., ge=1)
+    """Number of blocks."""
+
+    hidden_size: int = Field(..., ge=1)
+    """Width of the residual stream."""
+
+    heads: int = Field(..., ge=1)
+    """Number of query heads."""
+
+    kv_heads: int | None = Field(None, ge=1)
+    """Number of key and value heads, a divisor of heads (grouped-query attention). null: as many as heads."""
+
+    head_size: int | None = Field(None, ge=1)
+    """Width of one head. null: hidden_size / heads."""
+
+    mlp_size: int | None = Field(None, ge=1)
+    """Inner width of the MLP. null: 4 x hidden_size for gelu; for swiglu 8/3 x hidden_size, rounded up to a multiple
+    of 16."""
+
+    max_positions: int | None = Field(None, ge=1)
+    """Longest sequence that the model is built for: the rows of learned positions. null: data.sequence_length."""
+
+    positions: Literal["learned", "rope"]
+    """Learned absolute positions, or rotary embeddings (Su et al., arXiv 2104.09864)."""
+
+    rope_theta: float = Field(10000.0, gt=0)
+    """Base of the rotary frequencies; without effect on learned positions."""
+
+    norm: Literal["layernorm", "rmsnorm"]
+    """LayerNorm (gain and bias) or RMSNorm (gain)."""
+
+    norm_epsilon: float = Field(1e-5, gt=0)
+    """Added to the variance (LayerNorm) or the mean square (RMSNorm)."""
+
+    activation: Literal["gelu", "swiglu"]
+    """GELU in its tanh form between two matrices, or SwiGLU with three (Shazeer, arXiv 2002.05202)."""
+
+    bias: bool
+    """Whether the linear layers of the blocks have biases."""
+
+    tied_head: bool
+    """Whether the head's weight is the token embedding."""
+
+    qk_norm: bool = False
+    """RMSNorm of each query and key head before the rotation (as in Qwen 3)."""
+
+    logit_softcap: float | None = Field(None, gt=0)
+    """c in logits = c tanh(logits / c) (as in Gemma 2). null: none."""
+
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability of dropping elements of embeddings, attention weights and residual additions, in training."""
+
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of the normal initialisation of matrices and embeddings (GPT-2's and Llama's value)."""
+
+    position_init_std: float = Field(0.01, gt=0)
+    """The same for learned positions (the value in GPT-2's released code)."""
+
+    scale_residual_init: bool = True
+    """Divide init_std by sqrt(2 layers) in the matrices that write to the residual stream (GPT-2 paper, section
+    2.3)."""
+
+    vocab_size: int | None = Field(None, ge=1)
+    """Number of tokens. null: the tokenizer's."""
+
+    vocab_multiple: int = Field(128, ge=1)
+    """Embedding rows are padded to a multiple of this, for speed; padded rows take no probability and stay out of
+    checkpoints."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        """Family below shape below what is said."""
+        if not isinstance(values, dict):
+            return values
+        shape = values.get("shape")
+        if shape is not None and shape not in SHAPES:
+            close = difflib.get_close_matches(str(shape), SHAPES, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"shape: there is no shape {shape!r}{hint} (known: {', '.join(SHAPES)})")
+        filled = {**(SHAPES[shape] if shape is not None else {}), **values}
+        family = filled.get("family", cls.model_fields["family"].default)
+        return {**FAMILIES.get(family, FAMILIES["llama"]), **filled}
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSection:
+        if self.head_size is None and self.hidden_size % self.heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}; change one or set head_size"
+            )
+        if self.heads % self.key_value_heads:
+            raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}")
+        if self.positions == "rope" and self.head_width % 2:
+            raise ValueError(
+                f"rope turns pairs, and heads of width {self.head_width} are odd; change heads or set head_size"
+            )
+        return self
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.kv_heads if self.kv_heads is not None else self.heads
+
+    @property
+    def head_width(self) -> int:
+        return self.head_size if self.head_size is not None else self.hidden_size // self.heads
+
+    @property
+    def mlp_width(self) -> int:
+        if self.mlp_size is not None:
+            return self.mlp_size
+        if self.activation == "gelu":
+            return 4 * self.hidden_size
+        return -(-8 * self.hidden_size // 48) * 16
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: vocab_size rounded up to vocab_multiple."""
+        assert self.vocab_size is not None, "vocab_size is resolved from the tokenizer before a model is built"
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+class LossSection(Section):
+    """The training loss; validation always reports plain cross-entropy."""
+
+    z_loss: float = Field(0.0, ge=0)
+    """Weight of lse(logits)**2, which keeps logits from drifting (PaLM: 1e-4)."""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the target's probability that is spread over the vocabulary."""
+
+    implementation: Literal["auto", "blocked", "reference"] = "auto"
+    """Which implementation of the fused linear cross-entropy runs. `reference` is float64 and slow, for checks."""

@@ -1,0 +1,150 @@
+"""The decoder: one class for both families."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from harness.kernels import LossOutput
+
+from .attention import Attention, AttentionContext, KeyValueCache, rotation_tables
+from .config import LossSection, ModelSection
+from .head import Head
+from .mlp import build_mlp
+from .norms import build_norm
+from .sites import Tap
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), with a tap at every place that sites.py names."""
+
+    def __init__(self, section: ModelSection) -> None:
+        super().__init__()
+        self.residual_before = Tap()
+        self.attention_norm = build_norm(section.norm, section.hidden_size, section.norm_epsilon)
+        self.attention = Attention(section)
+        self.attention_out = Tap()
+        self.residual_between = Tap()
+        self.mlp_norm = build_norm(section.norm, section.hidden_size, section.norm_epsilon)
+        self.mlp = build_mlp(section)
+        self.mlp_out = Tap()
+        self.residual_after = Tap()
+        self.dropout = nn.Dropout(section.dropout)
+
+    def forward(self, x: Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> Tensor:
+        x = self.residual_before(x)
+        attended = self.attention(self.attention_norm(x), context, cache)
+        x = self.residual_between(x + self.attention_out(self.dropout(attended)))
+        return self.residual_after(x + self.mlp_out(self.dropout(self.mlp(self.mlp_norm(x)))))
+
+
+class Decoder(nn.Module):
+    """GPT-2 (Radford et al. 2019) and Llama (Touvron et al., arXiv 2302.13971) as one pre-norm decoder.
+
+    Parameters are created uninitialised; `build_decoder` is the way in.
+    """
+
+    def __init__(self, section: ModelSection, loss: LossSection, recompute: str = "none") -> None:
+        super().__init__()
+        self.section, self.recompute = section, recompute
+        self.token_embedding = nn.Embedding(section.padded_vocab_size, section.hidden_size)
+        if section.positions == "learned":
+            assert section.max_positions is not None
+            self.position_embedding = nn.Embedding(section.max_positions, section.hidden_size)
+        self.dropout = nn.Dropout(section.dropout)
+        self.layers = nn.ModuleList(Block(section) for _ in range(section.layers))
+        self.final_residual = Tap()
+        self.final_norm = build_norm(section.norm, section.hidden_size, section.norm_epsilon)
+        self.head = Head(section, loss, self.token_embedding.weight if section.tied_head else None)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        *,
+        plain: bool = False,
+        reduction: str = "sum",
+        outputs: Sequence[str] = (),
+    ) -> LossOutput:
+        """Losses of int64 tokens and targets (batch, sequence); see `hidden_states` and `Head.forward`."""
+        hidden = self.hidden_states(tokens, positions, document_ids)
+        return self.head(hidden, targets, plain=plain, reduction=reduction, outputs=outputs)
+
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        caches: Sequence[KeyValueCache] | None = None,
+    ) -> Tensor:
+        """The final norm's output (batch, sequence, hidden).
+
+        positions (batch, sequence): None counts from 0 (from the cache's length). document_ids (batch, sequence): a
+        token attends only to earlier tokens of its own document; None: to all earlier ones.
+        """
+        if positions is None:
+            start = caches[0].length if caches else 0
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+        x = self.token_embedding(tokens)
+        rotation = None
+        if self.section.positions == "learned":
+            x = x + self.position_embedding(positions)
+        else:
+            rotation = rotation_tables(positions, self.section.head_width, self.section.rope_theta, x.dtype)
+        context = AttentionContext(rotation, None if document_ids is None else document_mask(document_ids))
+        x = self.dropout(x)
+        for number, block in enumerate(self.layers):
+            if caches is not None:
+                x = block(x, context, caches[number])
+            elif self.recompute != "none" and torch.is_grad_enabled():
+                x = checkpoint(block, x, context, use_reentrant=False, **self._recompute_options())
+            else:
+                x = block(x, context)
+        return self.final_norm(self.final_residual(x))
+
+    def real_rows(self) -> dict[str, int]:
+        """Rows of the parameters whose last rows are padding; only these many belong to the model and to
+        checkpoints."""
+        assert self.section.vocab_size is not None
+        names = ("token_embedding.weight",) if self.section.tied_head else ("token_embedding.weight", "head.weight")
+        return dict.fromkeys(names, self.section.vocab_size)
+
+    def logits(self, tokens: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
+        """fp32 logits (batch, sequence, vocab_size), for generation and proofs."""
+        return self.head.logits(self.hidden_states(tokens, caches=caches))
+
+    def _recompute_options(self) -> dict[str, Any]:
+        if self.recompute == "full":
+            return {}
+        return {"context_fn": partial(create_selective_checkpoint_contexts, _save_products)}
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """True where a query may look at a key: earlier or equal, and of the same document; (batch, 1, sequence,
+    sequence)."""
+    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+    return same.tril()
+
+
+def _save_products(_context: object, operation: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
+    """Selective recomputation keeps what is dear to compute (products, attention) and recomputes the rest."""
+    return CheckpointPolicy.MUST_SAVE if operation in _DEAR else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_aten = torch.ops.aten
+_DEAR = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+}

@@ -1,0 +1,87 @@
+"""The named places of a decoder that other rooms read, replace or switch, without reaching into its code.
+
+An activation site is a `Tap`: the identity until a replacement function is installed. Names:
+    layers.{i}.residual_before   residual stream entering block i
+    layers.{i}.q, .k, .v         projected queries, keys, values, (batch, sequence, heads, head width), before q/k
+    norm and rotation layers.{i}.attention_out     what attention adds to the residual stream
+    layers.{i}.residual_between  residual stream between attention and MLP
+    layers.{i}.mlp_out           what the MLP adds
+    layers.{i}.residual_after    residual stream leaving block i
+    final_residual               residual stream entering the final norm
+A norm site is (layer, kind): `mlp`; `qk` and `v`, both served by the attention norm; `final`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+Replacement = Callable[[Tensor], Tensor]
+
+
+class Tap(nn.Module):
+    """A named place: the identity, unless `replacement` is set. Holds no weights and leaves no trace in a
+    checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.replacement: Replacement | None = None
+
+    def forward(self, activation: Tensor) -> Tensor:
+        return activation if self.replacement is None else self.replacement(activation)
+
+
+@dataclass(frozen=True)
+class NormSite:
+    """A place where a norm's output is used; a module may serve two."""
+
+    layer: int | None
+    kind: str
+    module: nn.Module
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.layer is None else f"layers.{self.layer}.{self.kind}"
+
+
+def tap_sites(model: nn.Module) -> dict[str, Tap]:
+    """Every activation site of `model` by name, in the order of the forward pass within a block."""
+    taps = {name: module for name, module in model.named_modules() if isinstance(module, Tap)}
+    return {name.replace(".attention.", "."): tap for name, tap in taps.items()}
+
+
+def norm_sites(model: nn.Module) -> list[NormSite]:
+    """Every norm site of a decoder, in the order of the forward pass."""
+    sites = []
+    for number, block in enumerate(model.get_submodule("layers").children()):
+        attention_norm, mlp_norm = block.get_submodule("attention_norm"), block.get_submodule("mlp_norm")
+        sites += [
+            NormSite(number, "qk", attention_norm),
+            NormSite(number, "v", attention_norm),
+            NormSite(number, "mlp", mlp_norm),
+        ]
+    return [*sites, NormSite(None, "final", model.get_submodule("final_norm"))]
+
+
+@contextmanager
+def spliced(model: nn.Module, replacements: dict[str, Replacement]) -> Iterator[None]:
+    """Within the block, the activation at each named site is what its function returns for it.
+
+    Raises ValueError for a name that is no site, or one that is replaced already.
+    """
+    taps = tap_sites(model)
+    for name in replacements:
+        if name not in taps:
+            raise ValueError(f"{name!r} is no site of this model; sites are {', '.join(taps)}")
+        if taps[name].replacement is not None:
+            raise ValueError(f"site {name} is replaced already; one replacement at a time")
+    try:
+        for name, replacement in replacements.items():
+            taps[name].replacement = replacement
+        yield
+    finally:
+        for name in replacements:
+            taps[name].replacement = None

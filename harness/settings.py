@@ -1,0 +1,114 @@
+"""The root of a run's configuration: every room's section under its name."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from harness.callbacks import CheckpointSection, ValidationSection
+from harness.config import Section
+from harness.data import DataSection
+from harness.evaluate import EvaluateSection, GenerateSection, SummarySection
+from harness.model import LossSection, ModelSection
+from harness.optim import OptimizerSection, ScheduleSection, decay_steps
+from harness.parallel import ParallelSection
+from harness.runs import RunSection
+
+
+class TrainSection(Section):
+    """The loop: how long, how much a step, in which precision."""
+
+    steps: int = Field(..., ge=1)
+    """Optimizer steps in all."""
+
+    global_batch_size: int = Field(..., ge=1)
+    """Sequences a step, over all ranks and micro-batches. Tokens a step: this times data.sequence_length."""
+
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Sequences a forward pass on one rank; the rest of the step is gradient accumulation. null: the whole step."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32; or bf16 weights and activations with fp32 masters, moments and gradient sums."""
+
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation checkpointing: keep all; keep products and attention and recompute the rest; keep block inputs
+    only."""
+
+    compile: bool = False
+    """Compile the blocks with torch.compile. The first step then takes up to minutes."""
+
+    seed: int = Field(1234, ge=0)
+    """Where all randomness comes from: weights, order of samples, dropout."""
+
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: go on from the run's newest good checkpoint if there is one. never: refuse a run folder that was used.
+    must: refuse to start without a checkpoint."""
+
+    @model_validator(mode="after")
+    def _micro_batches_fit(self) -> TrainSection:
+        if self.global_batch_size % self.micro_batch:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch} does not divide global_batch_size {self.global_batch_size}"
+            )
+        return self
+
+    @property
+    def micro_batch(self) -> int:
+        return self.micro_batch_size or self.global_batch_size
+
+
+class Settings(Section):
+    """One run, whole."""
+
+    run: RunSection = RunSection()
+    """The run folder."""
+    parallel: ParallelSection = ParallelSection()
+    """Devices and processes."""
+    data: DataSection
+    """Corpora, tokenizer, and how samples are cut from them."""
+    model: ModelSection
+    """The decoder."""
+    loss: LossSection = LossSection()
+    """The training loss."""
+    optimizer: OptimizerSection = OptimizerSection()
+    """AdamW and clipping."""
+    schedule: ScheduleSection = ScheduleSection()
+    """The learning rate's course."""
+    train: TrainSection
+    """The loop."""
+    validation: ValidationSection = ValidationSection()
+    """Held-out loss during training."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """When to save and what to keep."""
+    summary: SummarySection = SummarySection()
+    """What is printed after the last step."""
+    evaluate: EvaluateSection = EvaluateSection()
+    """`harness evaluate`."""
+    generate: GenerateSection = GenerateSection()
+    """`harness generate`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Settings:
+        steps, warmup = self.train.steps, self.schedule.warmup_steps
+        if warmup > steps:
+            raise ValueError(f"schedule.warmup_steps {warmup} is more than train.steps {steps}; lower it")
+        if self.schedule.kind == "wsd" and warmup + decay_steps(self.schedule, steps) > steps:
+            raise ValueError(
+                f"schedule: warmup_steps {warmup} and decay_steps {decay_steps(self.schedule, steps)} together are "
+                f"more than train.steps {steps}"
+            )
+        limit = self.model.max_positions
+        if limit is not None and self.data.sequence_length > limit:
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length} is more than model.max_positions {limit}"
+            )
+        return self
+
+    def resolved(self, vocab_size: int) -> Settings:
+        """With what follows from other values filled in: the model's vocabulary and longest sequence."""
+        filled = {
+            "vocab_size": self.model.vocab_size or vocab_size,
+            "max_positions": self.model.max_positions or self.data.sequence_length,
+        }
+        return self.model_copy(update={"model": self.model.model_copy(update=filled)})

@@ -1,0 +1,290 @@
+"""The loop, and how a run is put together. Reads from top to bottom in the order things happen."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.callbacks import Callback, Saving, Validation
+from harness.checkpoint import CheckpointStore
+from harness.config import HarnessError, dump_yaml, plain
+from harness.data import Batch, TokenStream, prepare
+from harness.evaluate import Summary
+from harness.model import build_decoder, count_parameters, flops_per_token
+from harness.optim import build_adamw, learning_rate
+from harness.parallel import ParallelLayout, TorchEngine, memory_bytes, peak_flops
+from harness.runs import Progress, RunFolder, configure_logging
+from harness.settings import Settings
+
+logger = logging.getLogger("harness.train")
+
+
+class NonFiniteError(HarnessError):
+    """A loss or gradient that is not a number, found before the optimizer step."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where the run lies, the last completed step, and its record (None if there was nothing left to do)."""
+
+    folder: Path
+    step: int
+    record: dict[str, Any] | None
+
+
+def train(settings: Settings, callbacks: Sequence[Callback] = ()) -> TrainResult:
+    """Train what `settings` describe, from the beginning or from the run's newest good checkpoint.
+
+    `callbacks` run after the configured ones. Raises HarnessError for bad input and NonFiniteError before a bad step.
+    """
+    folder = Path(settings.run.folder) / settings.run.name
+    with ParallelLayout(settings.parallel) as layout, RunFolder(folder) as run:
+        configure_logging(run.path / "train.log")
+        trainer = Trainer(settings, layout, run, callbacks)
+        try:
+            return trainer.fit()
+        except (KeyboardInterrupt, Exception) as error:
+            run.log_event("stopped", step=trainer.step, reason=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            trainer.close()
+
+
+class Trainer:
+    """One run: model, engine, data, callbacks, and the loop over them."""
+
+    def __init__(
+        self, settings: Settings, layout: ParallelLayout, run: RunFolder, callbacks: Sequence[Callback] = ()
+    ) -> None:
+        self.layout, self.run = layout, run
+        self.step, self.tokens_seen = 0, 0
+        self.store = CheckpointStore(run.path / "checkpoints")
+        start = _starting_step(settings, run, self.store)
+
+        self.prepared = prepare(settings.data)
+        self.settings = settings = settings.resolved(self.prepared.tokenizer.vocab_size)
+        self.total_steps = settings.train.steps
+        self.stream = TokenStream(self.prepared, settings.data, seed=settings.train.seed)
+
+        self.model = build_decoder(
+            settings.model,
+            seed=settings.train.seed,
+            device=layout.device,
+            loss=settings.loss,
+            recompute=settings.train.recompute,
+            compile_blocks=settings.train.compile,
+        )
+        self.engine = TorchEngine(
+            self.model,
+            lambda masters: build_adamw(settings.optimizer, masters),
+            settings.train.precision,
+            self.model.real_rows(),
+        )
+        self.validation = Validation(settings.validation, settings.data)
+        self.callbacks: list[Callback] = [
+            self.validation,
+            Saving(settings.checkpoint),
+            Summary(settings.summary, settings.data, self.validation),
+            *callbacks,
+        ]
+        self._flops_per_token = flops_per_token(settings.model, settings.data.sequence_length)
+        dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
+        self._peak = peak_flops(layout.device, dtype)
+
+        if start is not None:
+            self._load(start)
+        self._open_run(start)
+
+    # ---- the loop --------------------------------------------------------------------------------------------------
+
+    def fit(self) -> TrainResult:
+        """Run the remaining steps."""
+        record: dict[str, Any] | None = None
+        self._call("before_training")
+        self.model.train()
+        with Progress(self.total_steps, self.step, self.settings.run.log_every_steps) as progress:
+            while self.step < self.total_steps:
+                record = self._train_step()
+                self.step = record["step"]
+                self._call("after_step", record)
+                self.run.log_metrics(record["step"], record)
+                progress.update(record)
+                self._call("after_record", record)
+        self.run.log_event("finished", step=self.step)
+        self._call("after_training")
+        return TrainResult(self.run.path, self.step, record)
+
+    def _train_step(self) -> dict[str, Any]:
+        """One optimizer step; its record."""
+        started = time.perf_counter()
+        step, train = self.step + 1, self.settings.train
+        batches = self.stream.read(
+            train.global_batch_size, train.micro_batch, self.layout.data_rank, self.layout.data_size
+        )
+        waited = time.perf_counter() - started
+        tokens = sum(batch.valid_tokens() for batch in batches)
+        if tokens == 0:
+            raise HarnessError(f"step {step}: no token of the batch has a target; check data.mask_after_end_of_text")
+
+        self.layout.seed_everything(train.seed, "step", step)
+        loss_sum = torch.zeros((), device=self.layout.device)
+        for batch in batches:
+            loss_sum += self._backward(batch, tokens)
+
+        rate = learning_rate(self.settings.schedule, self.settings.optimizer.learning_rate, step, self.total_steps)
+        # The one wait for the device in a step: whether to take the step is decided here, before anything changes.
+        loss, norm = torch.stack([loss_sum / tokens, self.engine.grad_norm()]).tolist()
+        self._check_finite(step, loss, norm)
+        if self.settings.optimizer.clip_norm is not None:
+            self.engine.clip(self.settings.optimizer.clip_norm)
+        self.engine.step(rate)
+
+        seconds = time.perf_counter() - started
+        positions = train.global_batch_size * self.settings.data.sequence_length
+        self.tokens_seen += positions
+        flops = self._flops_per_token * positions / seconds
+        return {
+            "step": step,
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "tokens_seen": self.tokens_seen,
+            "target_tokens": tokens,
+            "tokens_per_second": positions / seconds,
+            "model_flops_per_second": flops,
+            "utilisation": flops / (self._peak.flops_per_second * self.layout.world_size),
+            "memory_bytes": memory_bytes(self.layout.device),
+            "data_wait_seconds": waited,
+            "step_seconds": seconds,
+        }
+
+    def _backward(self, batch: Batch, tokens: int) -> Tensor:
+        """Forward and backward of one micro-batch; the sum of its losses."""
+        batch = batch.to(self.layout.device)
+        loss = self.model(batch.tokens, batch.targets, batch.positions, batch.document_ids).loss
+        self.engine.backward(loss, tokens)
+        return loss.detach()
+
+    def _check_finite(self, step: int, loss: float, norm: float) -> None:
+        for what, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"step {step}: the {what} is {value}; stopped before the optimizer step, so weights are those of "
+                    f"step {step - 1}. Lower optimizer.learning_rate, or look at the samples from "
+                    f"{(step - 1) * self.settings.train.global_batch_size} on"
+                )
+
+    # ---- saving and starting ---------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Commit a checkpoint of the last completed step, then drop those that are no longer to be kept."""
+        state = {
+            "step": self.step,
+            "tokens_seen": self.tokens_seen,
+            "stream": self.stream.state_dict(),
+            "callbacks": {callback.name: callback.state_dict() for callback in self.callbacks},
+            "tokenizer": self.prepared.tokenizer.fingerprint,
+            "settings": plain(self.settings),
+        }
+        self.store.save(self.step, self.engine.fragments(), state)
+        self.run.log_event("saved", step=self.step)
+        keep = self.settings.checkpoint.keep_last
+        if keep is not None:
+            for step in self.store.steps()[:-keep]:
+                self.store.delete(step)
+
+    def close(self) -> None:
+        """Stop background work."""
+        self.stream.close()
+
+    def _load(self, step: int) -> None:
+        state = self.store.read_state(step)
+        changes = _changes(state["settings"], plain(self.settings))
+        refused = [line for key, line in changes.items() if key.startswith("model.")]
+        if state["tokenizer"] != self.prepared.tokenizer.fingerprint:
+            refused.append("data.tokenizer: another tokenizer")
+        if refused:
+            raise HarnessError(
+                f"{self.store.folder}: step {step} cannot be resumed: {'; '.join(refused)}. Set these back, or choose "
+                f"another run.name"
+            )
+        self.store.load(step, into=self.engine.fragments())
+        self.engine.refresh_weights()
+        self.stream.load_state_dict(state["stream"])
+        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+        for callback in self.callbacks:
+            callback.load_state_dict(state["callbacks"].get(callback.name, {}))
+        for line in changes.values():
+            logger.info("resumed with a change: %s", line)
+
+    def _open_run(self, start: int | None) -> None:
+        """Write what the run is into its folder and say it."""
+        settings, counts = self.settings, count_parameters(self.settings.model)
+        self.run.write_config(dump_yaml(settings))
+        self.run.write_environment(
+            {
+                "layout": repr(self.layout),
+                "peak_flops_per_second": self._peak.flops_per_second,
+                "peak_source": self._peak.source,
+                "utilisation_formula": "model_flops_per_token * tokens_per_second / (peak_flops_per_second * ranks); "
+                "model_flops_per_token = 6 * product weights + 12 * layers * heads * head width * sequence length",
+                "model_flops_per_token": self._flops_per_token,
+                "parameters": vars(counts),
+            }
+        )
+        self.prepared.tokenizer.save(self.run.path / "tokenizer")
+        self.run.resume_at(self.step)
+        self.run.log_event("started" if start is None else "resumed", step=self.step)
+        logger.info(
+            "%s: %.2f M parameters (%.2f M in the blocks), %d steps of %d tokens, %s on %s",
+            self.run.path,
+            counts.total / 1e6,
+            counts.blocks / 1e6,
+            self.total_steps,
+            settings.train.global_batch_size * settings.data.sequence_length,
+            settings.train.precision,
+            self.layout.device,
+        )
+        if start is not None:
+            logger.info("resumed from step %d", start)
+        if self.step >= self.total_steps:
+            logger.info("all %d steps are done; raise train.steps to go on", self.total_steps)
+
+    def _call(self, hook: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *arguments)
+
+
+def _starting_step(settings: Settings, run: RunFolder, store: CheckpointStore) -> int | None:
+    """The step to resume from, or None to begin; refuses what `train.resume` refuses, before anything is touched."""
+    resume = settings.train.resume
+    if resume == "never":
+        if run.existing():
+            raise HarnessError(
+                f"{run.path}: holds a run already; choose another run.name, delete it, or set train.resume=auto"
+            )
+        return None
+    newest = store.latest_good()
+    if newest is None and resume == "must":
+        raise HarnessError(f"{store.folder}: no good checkpoint to resume from, and train.resume is must")
+    return newest
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """The keys whose values differ, each with a line that says how."""
+    lines: dict[str, str] = {}
+    for key in [*old, *(key for key in new if key not in old)]:
+        before, after, name = old.get(key), new.get(key), prefix + key
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines |= _changes(before, after, name + ".")
+        elif before != after:
+            lines[name] = f"{name}: was {before}, now {after}"
+    return lines

@@ -1,0 +1,45 @@
+"""Seeds and devices."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from harness.config import HarnessError
+from harness.parallel import ParallelLayout, ParallelSection, derive_seed, peak_flops
+
+
+def test_seeds_differ_by_every_part_and_not_by_process() -> None:
+    parts = [(1, "weights", "a"), (2, "weights", "a"), (1, "step", "a"), (1, "weights", "b"), (1, "weightsa", "")]
+    seeds = [derive_seed(*each) for each in parts]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    program = f"from harness.parallel import derive_seed; print([derive_seed(*each) for each in {parts}])"
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == str(seeds)
+
+
+def test_a_step_draws_the_same_again() -> None:
+    with ParallelLayout(ParallelSection(device="cpu")) as layout:
+        draws = []
+        for step in (1, 2, 1):
+            layout.seed_everything(5, "step", step)
+            draws.append(torch.rand(4))
+    assert torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], draws[1])
+
+
+def test_many_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(HarnessError, match="rank 2: started with 4 processes"):
+        ParallelLayout(ParallelSection(device="cpu"))
+
+
+def test_the_measured_peak_is_a_rate_of_this_machine() -> None:
+    peak = peak_flops(torch.device("cpu"), torch.float32)
+    assert 1e8 < peak.flops_per_second < 1e15
+    assert "measured" in peak.source
