@@ -109,18 +109,22 @@ class Trainer:
         """Run the remaining steps."""
         record: dict[str, Any] | None = None
         self._call("before_training")
-        self.model.train()
         with Progress(self.total_steps, self.step, self.settings.run.log_every_steps) as progress:
             while self.step < self.total_steps:
-                record = self._train_step()
-                self.step = record["step"]
-                self._call("after_step", record)
-                self.run.log_metrics(record["step"], record)
+                record = self.advance()
                 progress.update(record)
-                self._call("after_record", record)
         self.run.log_event("finished", step=self.step)
         self._call("after_training")
         return TrainResult(self.run.path, self.step, record)
+
+    def advance(self) -> dict[str, Any]:
+        """One step and everything that belongs to it; its record, as it stands in metrics.jsonl."""
+        record = self._train_step()
+        self.step = record["step"]
+        self._call("after_step", record)
+        self.run.log_metrics(record["step"], record)
+        self._call("after_record", record)
+        return record
 
     def _train_step(self) -> dict[str, Any]:
         """One optimizer step; its record."""

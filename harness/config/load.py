@@ -129,22 +129,21 @@ def _line(config_type: type[BaseModel], problem: ErrorDetails, label: str, from_
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     source = "command line" if key in from_command_line else label
-    kind, given = problem["type"], problem["input"]
+    kind, given = problem["type"], "null" if problem["input"] is None else repr(problem["input"])
     if kind == "extra_forbidden":
-        guess = _nearest(config_type, location)
-        message = "unknown key" + (f"; did you mean {guess}?" if guess else "")
+        message = f"unknown key; {_nearest(config_type, location)}"
     elif kind == "missing":
         message = "is required and not set"
     elif kind in ("value_error", "assertion_error"):
         message = str(problem["ctx"]["error"])
     elif kind == "literal_error":
         choices = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        close = difflib.get_close_matches(str(given), choices, 1)
-        message = f"{given!r} is not one of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else "")
+        close = difflib.get_close_matches(str(problem["input"]), choices, 1)
+        message = f"{given} is not one of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else "")
     elif kind.endswith(("_type", "_parsing", "_from_float")):
-        message = f"expected {_expected(config_type, location, problem['msg'])}, got {given!r}"
+        message = f"expected {_expected(config_type, location, problem['msg'])}, got {given}"
     else:
-        message = f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {given!r}"
+        message = f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {given}"
     return f"{source}: {key}: {message}" if key else f"{source}: {message}"
 
 
@@ -177,17 +176,17 @@ def _expected(config_type: type[BaseModel], location: list[str], message: str) -
     return message
 
 
-def _nearest(config_type: type[BaseModel], location: list[str]) -> str | None:
-    """The valid name nearest to an unknown one: in the same section, or the same key in another section."""
+def _nearest(config_type: type[BaseModel], location: list[str]) -> str:
+    """The valid name nearest to an unknown one, in the same section or another; else the names that are valid here."""
     section = _section_at(config_type, location[:-1]) or config_type
     close = difflib.get_close_matches(location[-1], section.model_fields, 1, cutoff=0.7)
     if close:
-        return ".".join([*location[:-1], close[0]])
+        return f"did you mean {'.'.join([*location[:-1], close[0]])}?"
     names = {name.rpartition(".")[2]: name for name in reversed(list(field_names(config_type)))}
     close = difflib.get_close_matches(location[-1], names, 1, cutoff=0.7)
     if close:
-        return names[close[0]]
-    return f"one of {', '.join(section.model_fields)}"
+        return f"did you mean {names[close[0]]}?"
+    return f"valid here: {', '.join(section.model_fields)}"
 
 
 def field_names(config_type: type[BaseModel], prefix: str = "") -> Iterable[str]:

@@ -73,7 +73,7 @@ class CorpusConfig(Section):
     separator: str | None = Field(None, min_length=1)
     """Text that separates documents inside a plain text file; null takes a whole file as one document."""
 
-    max_document_bytes: int | None = Field(None, ge=1)
+    max_document_bytes: int | None = Field(None, ge=16)
     """Longer documents are cut after a line end into documents of at most this many bytes; null cuts none. The parts
     may fall on different sides of the split."""
 

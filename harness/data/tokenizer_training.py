@@ -72,7 +72,6 @@ def train_sentencepiece(texts: list[str], config: TokenizerConfig) -> SentencePi
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            split_digits=True,
             # Every character in 10,000 that is left over is spelled in bytes, which cost 256 pieces already.
             character_coverage=0.9999,
             max_sentence_length=8 * SENTENCE_CHARACTERS,

@@ -29,6 +29,7 @@ def build_decoder(
     with torch.device("meta"):
         model = Decoder(section, loss or LossSection(), recompute)
     model.to_empty(device=device)
+    model.tie_head()  # to_empty gives each module a tensor of its own
     initialise(model, section, seed)
     if compile_blocks:
         for block in model.layers:

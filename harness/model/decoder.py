@@ -60,7 +60,13 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(section) for _ in range(section.layers))
         self.final_residual = Tap()
         self.final_norm = build_norm(section.norm, section.hidden_size, section.norm_epsilon)
-        self.head = Head(section, loss, self.token_embedding.weight if section.tied_head else None)
+        self.head = Head(section, loss)
+        self.tie_head()
+
+    def tie_head(self) -> None:
+        """Let a tied head use the token embedding's parameter."""
+        if self.section.tied_head:
+            self.head.weight = self.token_embedding.weight
 
     def forward(
         self,

@@ -15,14 +15,14 @@ from .config import LossSection, ModelSection
 class Head(nn.Module):
     """A linear map to the vocabulary, used inside its own forward so that sharding engines can gather its weight there.
 
-    A tied head is given the token embedding's parameter and registers it as its own.
+    A tied head registers the token embedding's parameter as its own (Decoder.tie_head).
     """
 
-    def __init__(self, section: ModelSection, loss: LossSection, tied_to: nn.Parameter | None) -> None:
+    def __init__(self, section: ModelSection, loss: LossSection) -> None:
         super().__init__()
         assert section.vocab_size is not None
         rows = section.padded_vocab_size
-        self.weight = tied_to if tied_to is not None else nn.Parameter(torch.empty(rows, section.hidden_size))
+        self.weight = nn.Parameter(torch.empty(rows, section.hidden_size))
         self.shard = VocabShard(start=0, stop=rows, vocab_size=section.vocab_size)
         self.softcap = section.logit_softcap
         self.loss = loss

@@ -23,9 +23,8 @@ from harness.model import Decoder, ModelSection
 def reference_model(section: ModelSection, model: Decoder) -> PreTrainedModel:
     """An eager transformers model of the section's shape with the weights of `model`."""
     reference = _empty(section)
-    reference.load_state_dict(_gpt2(model) if section.positions == "learned" else _llama(model), strict=False)
-    if not section.tied_head:
-        reference.get_output_embeddings().weight.data.copy_(_rows(model, model.head.weight))
+    weights = _gpt2(model) if section.positions == "learned" else _llama(model)
+    reference.load_state_dict({**weights, "lm_head.weight": _rows(model, model.head.weight)}, strict=True)
     return reference
 
 

@@ -1,0 +1,94 @@
+"""What may be passed to the linear cross-entropy; everything else is a ValueError of one line, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .types import OUTPUTS, Terms, VocabShard
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensors(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, token_weights: Tensor | None
+) -> None:
+    """Raises ValueError where shapes, dtypes or devices do not fit together."""
+    named = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, "token_weights": token_weights}
+    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    for name, tensor in given.items():
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}: they must be on one device")
+        if name != "targets" and tensor.dtype not in FLOATS:
+            raise ValueError(f"{name} has dtype {tensor.dtype}; float32, bfloat16, float16 and float64 will do")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets has dtype {targets.dtype}; int64 token ids are wanted")
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"weight must be (V, D) with V at least 1, got shape {tuple(weight.shape)}")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1] or weight.shape[1] == 0:
+        raise ValueError(f"hidden {tuple(hidden.shape)} must end in the D of weight {tuple(weight.shape)}")
+    if hidden.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"targets {tuple(targets.shape)} must have the shape of hidden {tuple(hidden.shape)} without D"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+    if token_weights is not None:
+        if token_weights.shape != targets.shape:
+            raise ValueError(
+                f"token_weights {tuple(token_weights.shape)} must have the shape of targets {tuple(targets.shape)}"
+            )
+        if token_weights.requires_grad:
+            raise ValueError("token_weights gets no gradient: detach it, or weight the losses of reduction='none'")
+
+
+def check_terms(terms: Terms, reduction: str, outputs: Sequence[str]) -> None:
+    """Raises ValueError where a constant is out of its range or a name is not one of those known."""
+    if not 0.0 <= terms.label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {terms.label_smoothing}")
+    if not 0.0 <= terms.z_loss < float("inf"):
+        raise ValueError(f"z_loss must be finite and not negative, got {terms.z_loss}")
+    if terms.softcap is not None and not 0.0 < terms.softcap < float("inf"):
+        raise ValueError(f"softcap must be finite and positive, or None for no cap, got {terms.softcap}")
+    if not 0.0 < terms.temperature < float("inf"):
+        raise ValueError(f"temperature must be finite and positive, got {terms.temperature}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if isinstance(outputs, str):
+        raise ValueError(f"outputs must be a sequence of names such as ({outputs!r},), got the string {outputs!r}")
+    for name in outputs:
+        if name not in OUTPUTS:
+            raise ValueError(f"outputs may name {', '.join(OUTPUTS)}; got {name!r}")
+
+
+def check_shard(shard: VocabShard, rows: int) -> None:
+    """Raises ValueError unless the weight's rows are the whole vocabulary, padding included."""
+    if shard.start != 0 or shard.stop != rows:
+        raise ValueError(
+            f"shard [{shard.start}, {shard.stop}) must be all {rows} rows of weight: one rank holds them all"
+        )
+    if shard.vocab_size > rows:
+        raise ValueError(f"shard.vocab_size {shard.vocab_size} exceeds the {rows} rows of weight")
+
+
+def check_targets(targets: Tensor, terms: Terms) -> None:
+    """Refuses a target that is neither ignore_index nor in [0, vocab_size).
+
+    Raises ValueError naming value and position on the CPU. Elsewhere, where looking at the values would make the host
+    wait for the device, an assertion is queued on the device.
+    """
+    fine = ((targets >= 0) & (targets < terms.vocab_size)) | (targets == terms.ignore_index)
+    if targets.device.type == "cpu":
+        if not fine.all():
+            where = tuple((~fine).nonzero()[0].tolist())
+            raise ValueError(
+                f"targets[{', '.join(map(str, where))}] is {int(targets[where])}: "
+                f"neither a token id in [0, {terms.vocab_size}) nor ignore_index {terms.ignore_index}"
+            )
+    else:
+        torch._assert_async(
+            fine.all(),
+            f"a target is neither a token id in [0, {terms.vocab_size}) nor ignore_index {terms.ignore_index}",
+        )

@@ -1,0 +1,116 @@
+"""The function: what it computes, what it costs, what it refuses."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .blocked import blocked_loss
+from .checks import check_shard, check_targets, check_tensors, check_terms
+from .reference import reference_loss
+from .types import IGNORE_INDEX, LossOutput, Reduction, Terms, VocabShard
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+    outputs: Sequence[str] = (),
+    shard: VocabShard | None = None,
+    implementation: str = "auto",
+) -> LossOutput:
+    """Cross-entropy of the linear head `weight`, without ever holding the logits of all tokens.
+
+    For each token, with h its hidden state, y its target and sums over the V rows below `shard.vocab_size`:
+
+        u = weight · h + bias;  c = softcap · tanh(u / softcap), or u where softcap is None;  z = c / temperature
+        lse = log Σ exp z
+        loss = (1 − label_smoothing) · (lse − z_y) + label_smoothing · (lse − Σ z / V) + z_loss · lse²
+
+    (the smoothed cross-entropy is torch's), times the token's weight where token_weights is given, and 0 where the
+    target is ignore_index.
+
+    hidden         (..., D), fp32, bf16, fp16 or float64; any strides.
+    weight         (rows, D), the same choice of dtypes, not necessarily hidden's; rows at or beyond vocab_size are
+                   padding: no probability, exactly zero gradient.
+    targets        (...), int64 ids in [0, vocab_size), or ignore_index.
+    bias           (rows,); token_weights (...), without gradient.
+    reduction      "none" gives the losses, (...); "sum" their sum; "mean" divides the sum by this call's count of
+                   tokens that are not ignored, or by the sum of their weights; it is 0 where that is 0.
+    outputs        names of `LossOutput` fields wanted beside the loss; all of them are detached.
+    shard          which rows the weight holds; by default all are real.
+    implementation "blocked", "reference" (float64, plain torch, full logits: for tests), or "auto": blocked.
+
+    Arithmetic is fp32 for fp32 and 16-bit inputs (a 16-bit weight is copied to fp32 for the call), float64 where
+    hidden or weight is float64. Autocast doesn't reach inside: the dtypes of the tensors given decide. The loss and
+    the outputs have the dtype of the arithmetic; each gradient has the dtype of its input, and is accumulated in the
+    dtype of the arithmetic.
+
+    Costs in multiples of N·V·D operations, forward and backward: 6 for mean and sum, whose gradients are formed in the
+    forward and can be used once (a second backward raises RuntimeError); 8 for none; 2 less for each of hidden and
+    weight that needs no gradient; 2 under no_grad. torch.compile breaks its graph at the call.
+
+    Raises ValueError for shapes, dtypes and constants that don't fit, and on the CPU for a target out of range, naming
+    its value and position (elsewhere an assertion on the device, since the host doesn't wait).
+    """
+    if torch.compiler.is_compiling():
+        return _outside_compilation()(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            token_weights=token_weights,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            temperature=temperature,
+            reduction=reduction,
+            outputs=outputs,
+            shard=shard,
+            implementation=implementation,
+        )
+    if implementation not in ("auto", "blocked", "reference"):
+        raise ValueError(f"implementation must be 'auto', 'blocked' or 'reference', got {implementation!r}")
+    check_tensors(hidden, weight, targets, bias, token_weights)
+    shard = VocabShard(0, len(weight), len(weight)) if shard is None else shard
+    check_shard(shard, len(weight))
+    terms = Terms(shard.vocab_size, ignore_index, label_smoothing, z_loss, softcap, temperature)
+    check_terms(terms, reduction, outputs)
+    check_targets(targets, terms)
+
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    weights = None if token_weights is None else token_weights.reshape(-1)
+    arguments = (rows, weight, bias, targets.reshape(-1), weights, terms, reduction, outputs)
+    if implementation == "reference":
+        loss, extras = reference_loss(*arguments)
+        nvd = 2 + 2 * (hidden.requires_grad + weight.requires_grad) * torch.is_grad_enabled()
+        ran = f"reference, {nvd} NVD"
+    else:
+        loss, extras, nvd = blocked_loss(*arguments)
+        ran = f"blocked, {nvd} NVD"
+    if reduction == "none":
+        loss = loss.reshape(targets.shape)
+    return LossOutput(
+        loss=loss,
+        implementation=ran,
+        **{key: value.reshape(targets.shape) for key, value in extras.items()},
+    )
+
+
+@functools.cache
+def _outside_compilation() -> Callable[..., LossOutput]:
+    # Made on first use within a compiled region: torch.compiler.disable imports the compiler, which takes seconds.
+    return torch.compiler.disable(linear_cross_entropy)

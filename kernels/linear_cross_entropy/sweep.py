@@ -1,0 +1,212 @@
+"""One pass over the tokens in chunks: losses, outputs and, where asked for, gradients, in one buffer of logits.
+
+What happens to a chunk's logits is in chunk.py; here is which tokens count, how many make a chunk, and where the
+gradients gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .chunk import replace_by_gradient, replace_by_softmax, write_logits
+from .types import Terms
+
+# Tokens a chunk. Each chunk reads and rewrites the whole weight gradient, so few tokens are slow (256 cost 5 to 10 %
+# more than 512 at V 50304, D 768, measured on two cores); beyond 1024 nothing was gained.
+CPU_CHUNK_BYTES = 128 * 2**20
+CPU_CHUNK_TOKENS = (256, 1024)
+ACCELERATOR_CHUNK_BYTES = 2**30
+ACCELERATOR_CHUNK_TOKENS = (1024, 16384)
+
+
+class Wanted(NamedTuple):
+    """Which gradients are formed."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+
+@dataclass
+class Swept:
+    """losses (N,), unreduced and without token weights, 0 where ignored; outputs (N,); gradients that were wanted.
+
+    Gradients are those of Σ row_factors · losses, but for the factor 1/temperature, which the caller still owes. The
+    hidden gradient has hidden's dtype, weight's and bias's the dtype of the arithmetic.
+    """
+
+    losses: Tensor
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    hidden_grad: Tensor | None = None
+    weight_grad: Tensor | None = None
+    bias_grad: Tensor | None = None
+
+
+def arithmetic_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """float64 where either is float64, fp32 otherwise."""
+    return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+
+
+def chunk_length(tokens: int, vocab_size: int, element_bytes: int, on_cpu: bool) -> int:
+    """Tokens a chunk: as many as the bytes budget holds, within bounds, and all chunks about as long as each other."""
+    budget_bytes = CPU_CHUNK_BYTES if on_cpu else ACCELERATOR_CHUNK_BYTES
+    shortest, longest = CPU_CHUNK_TOKENS if on_cpu else ACCELERATOR_CHUNK_TOKENS
+    most = min(max(budget_bytes // (vocab_size * element_bytes), shortest), longest)
+    chunks = -(-tokens // most)
+    return -(-tokens // max(chunks, 1))
+
+
+class Tokens:
+    """The tokens that count. On the CPU ignored ones are dropped before anything is computed.
+
+    Elsewhere finding them would make the host wait for the device, so they stay, as zero vectors with target 0 and
+    factor 0, and what they give is blanked at the end.
+    """
+
+    def __init__(self, targets: Tensor, row_factors: Tensor | None, ignore_index: int, dtype: torch.dtype) -> None:
+        self.total = len(targets)
+        self.index: Tensor | None = None
+        self.ignored: Tensor | None = None
+        ignored = targets == ignore_index
+        factors = None if row_factors is None else row_factors.to(dtype)
+        if targets.device.type != "cpu":
+            self.ignored = ignored
+            targets = targets.masked_fill(ignored, 0)
+            # A factor for every row even where all are 1: the ignored ones need their 0.
+            factors = torch.ones_like(targets, dtype=dtype) if factors is None else factors
+            factors = factors.masked_fill(ignored, 0.0)
+        elif ignored.any():
+            self.index = (~ignored).nonzero().squeeze(1)
+            targets = targets[self.index]
+            factors = None if factors is None else factors[self.index]
+        self.targets, self.factors = targets, factors
+
+    def take(self, hidden: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
+        """hidden of these tokens, (n, D), in `dtype`."""
+        if self.index is not None:
+            return hidden[self.index[rows]].to(dtype)
+        chosen = hidden[rows].to(dtype)
+        return chosen if self.ignored is None else chosen.masked_fill(self.ignored[rows, None], 0.0)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of the tokens that count, back at their places among all tokens, 0 at the ignored ones."""
+        if self.index is not None:
+            return values.new_zeros(self.total, *values.shape[1:]).index_copy_(0, self.index, values)
+        return values if self.ignored is None else values.masked_fill(self.ignored, 0)
+
+
+def sweep(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_factors: Tensor | None,
+    terms: Terms,
+    wanted: Wanted,
+    outputs: Sequence[str] = (),
+) -> Swept:
+    """Everything about hidden (N, D), weight (rows, D), bias (rows,), targets (N,) in one pass.
+
+    2 NVD, and 2 more for each of hidden's and weight's gradients. Memory beyond the results: one chunk of logits (two
+    with a softcap, for its slope, and with the entropy), and an fp32 copy of a weight that is held in 16 bits.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        with torch.autocast(hidden.device.type, enabled=False):
+            return sweep(hidden, weight, bias, targets, row_factors, terms, wanted, outputs)
+    dtype = arithmetic_dtype(hidden, weight)
+    tokens = Tokens(targets, row_factors, terms.ignore_index, dtype)
+    matrix = weight[: terms.vocab_size].to(dtype)
+    offsets = None if bias is None else bias[: terms.vocab_size].to(dtype)
+
+    count = len(tokens.targets)
+    length = chunk_length(count, terms.vocab_size, dtype.itemsize, hidden.device.type == "cpu")
+    buffer = hidden.new_empty((length, terms.vocab_size), dtype=dtype)
+    slopes = torch.empty_like(buffer) if terms.softcap is not None and any(wanted) else None
+    gradients = Gradients(hidden, weight, terms.vocab_size, wanted, dtype)
+    columns: dict[str, list[Tensor]] = {name: [] for name in ("losses", *outputs)}
+
+    for start in range(0, count, max(length, 1)):
+        rows = slice(start, min(start + length, count))
+        chosen = tokens.take(hidden, rows, dtype)
+        labels = tokens.targets[rows, None]
+        logits = buffer[: len(chosen)]
+        slope = None if slopes is None else slopes[: len(chosen)]
+        write_logits(chosen, matrix, offsets, terms, logits, slope)
+        chunk = replace_by_softmax(logits, labels, terms, outputs)
+        columns["losses"].append(chunk.losses(terms))
+        for name in outputs:
+            columns[name].append(chunk.outputs[name])
+        if any(wanted):
+            replace_by_gradient(logits, labels, chunk, terms, slope)
+            factors = None if tokens.factors is None else tokens.factors[rows, None]
+            gradients.add(logits, chosen, matrix, factors, rows, tokens)
+
+    empty = {"losses": dtype, "correct": torch.bool}
+    joined = {
+        name: tokens.spread(torch.cat(parts).squeeze(1))
+        if parts
+        else hidden.new_zeros(tokens.total, dtype=empty.get(name, dtype))
+        for name, parts in columns.items()
+    }
+    hidden_grad, weight_grad, bias_grad = gradients.finish(any_rows=count > 0)
+    return Swept(joined.pop("losses"), joined, hidden_grad, weight_grad, bias_grad)
+
+
+class Gradients:
+    """The gradients that are wanted, gathered chunk by chunk in the dtype of the arithmetic."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, vocab_size: int, wanted: Wanted, dtype: torch.dtype) -> None:
+        self.vocab_size, self.dtype = vocab_size, dtype
+        self.hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted.hidden else None
+        self.weight = torch.empty(weight.shape, dtype=dtype, device=weight.device) if wanted.weight else None
+        self.bias = torch.zeros(len(weight), dtype=dtype, device=weight.device) if wanted.bias else None
+
+    def add(
+        self,
+        logit_grad: Tensor,
+        chosen: Tensor,
+        matrix: Tensor,
+        factors: Tensor | None,
+        rows: slice,
+        tokens: Tokens,
+    ) -> None:
+        """Adds a chunk: logit_grad (n, V), chosen (n, D), factors (n, 1) of its rows."""
+        if self.hidden is not None:
+            if tokens.index is None and self.hidden.dtype == self.dtype:
+                part = torch.mm(logit_grad, matrix, out=self.hidden[rows])
+                if factors is not None:
+                    part.mul_(factors)
+            else:
+                part = logit_grad @ matrix
+                if factors is not None:
+                    part.mul_(factors)
+                self._place(part.to(self.hidden.dtype), rows, tokens)
+        if self.weight is not None:
+            scaled = chosen if factors is None else chosen * factors
+            # The first product overwrites, so the gradient is neither cleared nor read before.
+            self.weight[: self.vocab_size].addmm_(logit_grad.t(), scaled, beta=0.0 if rows.start == 0 else 1.0)
+        if self.bias is not None:
+            total = logit_grad.sum(0) if factors is None else (logit_grad.t() @ factors).squeeze(1)
+            self.bias[: self.vocab_size] += total
+
+    def _place(self, part: Tensor, rows: slice, tokens: Tokens) -> None:
+        assert self.hidden is not None
+        if tokens.index is None:
+            self.hidden[rows] = part
+            return
+        if rows.start == 0:
+            self.hidden.zero_()
+        self.hidden[tokens.index[rows]] = part
+
+    def finish(self, any_rows: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients, zero at padding rows; all zero where no token counted."""
+        if self.weight is not None:
+            self.weight[self.vocab_size if any_rows else 0 :].zero_()
+        if self.hidden is not None and not any_rows:
+            self.hidden.zero_()
+        return self.hidden, self.weight, self.bias
