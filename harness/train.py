@@ -45,9 +45,11 @@ def train(settings: Settings, callbacks: Sequence[Callback] = ()) -> TrainResult
 
     `callbacks` run after the configured ones. Raises HarnessError for bad input and NonFiniteError before a bad step.
     """
-    folder = Path(settings.run.folder) / settings.run.name
-    with ParallelLayout(settings.parallel) as layout, RunFolder(folder) as run:
-        configure_logging(run.path / "train.log")
+    with (
+        ParallelLayout(settings.parallel) as layout,
+        RunFolder(settings.run.path, tensorboard=settings.run.tensorboard) as run,
+    ):
+        configure_logging(run.log_file)
         trainer = Trainer(settings, layout, run, callbacks)
         try:
             return trainer.fit()
@@ -66,7 +68,7 @@ class Trainer:
     ) -> None:
         self.layout, self.run = layout, run
         self.step, self.tokens_seen = 0, 0
-        self.store = CheckpointStore(run.path / "checkpoints")
+        self.store = CheckpointStore(run.checkpoints)
         start = _starting_step(settings, run, self.store)
 
         self.prepared = prepare(settings.data)
@@ -198,6 +200,7 @@ class Trainer:
             "tokenizer": self.prepared.tokenizer.fingerprint,
             "settings": plain(self.settings),
         }
+        self.run.sync()  # a checkpoint must not outlive the records that lead up to it
         self.store.save(self.step, self.engine.fragments(), state)
         self.run.log_event("saved", step=self.step)
         keep = self.settings.checkpoint.keep_last
@@ -232,20 +235,19 @@ class Trainer:
     def _open_run(self, start: int | None) -> None:
         """Write what the run is into its folder and say it."""
         settings, counts = self.settings, count_parameters(self.settings.model)
-        self.run.write_config(dump_yaml(settings))
-        self.run.write_environment(
-            {
-                "layout": repr(self.layout),
-                "peak_flops_per_second": self._peak.flops_per_second,
-                "peak_source": self._peak.source,
-                "utilisation_formula": "model_flops_per_token * tokens_per_second / (peak_flops_per_second * ranks); "
-                "model_flops_per_token = 6 * product weights + 12 * layers * heads * head width * sequence length",
-                "model_flops_per_token": self._flops_per_token,
-                "parameters": vars(counts),
-            }
-        )
+        details = {
+            "layout": repr(self.layout),
+            "parameters": vars(counts),
+            "model_flops_per_token": self._flops_per_token,
+            "peak_flops_per_second": self._peak.flops_per_second,
+            "peak_source": self._peak.source,
+            "utilisation_formula": "model_flops_per_token * tokens_per_second / (peak_flops_per_second * ranks), where "
+            "model_flops_per_token = 6 * product weights + 12 * layers * heads * head width * sequence length",
+        }
+        # A run that was ended before its first checkpoint begins again: what it recorded is set aside, not lost.
+        begun_before = self.run.existing() is not None
+        self.run.begin(dump_yaml(settings), resume_at=self.step if begun_before else None, details=details)
         self.prepared.tokenizer.save(self.run.path / "tokenizer")
-        self.run.resume_at(self.step)
         self.run.log_event("started" if start is None else "resumed", step=self.step)
         logger.info(
             "%s: %.2f M parameters (%.2f M in the blocks), %d steps of %d tokens, %s on %s",
@@ -271,7 +273,7 @@ def _starting_step(settings: Settings, run: RunFolder, store: CheckpointStore) -
     """The step to resume from, or None to begin; refuses what `train.resume` refuses, before anything is touched."""
     resume = settings.train.resume
     if resume == "never":
-        if run.existing():
+        if run.existing() is not None or store.steps():
             raise HarnessError(
                 f"{run.path}: holds a run already; choose another run.name, delete it, or set train.resume=auto"
             )

@@ -5,8 +5,11 @@ Read linear_cross_entropy/interface.py first. Import as `harness.kernels`, never
 """
 
 if __name__ == "kernels":
-    # From the repository root this folder is also found as `kernels`, which other libraries probe for (it is the name
-    # of a package by Hugging Face). Under that name it stays empty: a second copy would register custom operators twice.
+    # From the repository root this folder is also found as `kernels`, a name that other libraries probe for (it is
+    # Hugging Face's package). Under that name it stays empty, sub-packages included: a second copy would register
+    # custom operators twice, and its types would not be the same types.
+    __path__ = []
+
     def __getattr__(name: str) -> object:
         raise AttributeError(f"{name}: this package is imported as harness.kernels")
 else:

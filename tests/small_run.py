@@ -10,33 +10,6 @@ from harness.config import validate
 from harness.settings import Settings
 
 WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "with", "was", "on", "be", "by", "at", "from")
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "is",
-    "that",
-    "for",
-    "it",
-    "as",
-    "with",
-    "was",
-    "on",
-    "be",
-    "by",
-    "at",
-    "from",
-    "this",
-    "are",
-    "or",
-    "an",
-    "but",
-    "not",
-    "which",
-    "his",
-    "had",
-]
 
 
 def write_corpus(folder: Path, documents: int = 60, seed: int = 0, longest: int = 60) -> Path:

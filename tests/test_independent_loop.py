@@ -71,14 +71,14 @@ def test_fifty_steps_are_those_of_an_independent_loop(tmp_path: Path, family: st
         data={"mask_after_end_of_text": True},
         train={"steps": 50, "global_batch_size": 8, "micro_batch_size": 8 // accumulation},
         schedule={"kind": "cosine", "warmup_steps": 5},
-        optimizer={"learning_rate": 2e-3, "clip_norm": 0.8},
+        optimizer={"learning_rate": 2e-3, "clip_norm": 1.6},
     )
     result = train(settings)
     metrics = runs.read(result.folder).metrics
     series = independent_loop(settings)
     assert len(metrics) == len(series) == 50
     assert series[-1][0] < 0.8 * series[0][0], "the model learns"
-    assert min(norm for _, norm, _ in series) < 0.8 < max(norm for _, norm, _ in series), "clipping is on and off"
+    assert min(norm for _, norm, _ in series) < 1.6 < max(norm for _, norm, _ in series), "clipping is on and off"
     for record, (loss, norm, rate) in zip(metrics, series, strict=True):
         assert record["loss"] == pytest.approx(loss, rel=1e-5), record["step"]
         assert record["grad_norm"] == pytest.approx(norm, rel=1e-5), record["step"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from harness.parallel.fragments import Fragment
+from harness.parallel import Fragment
 
 from .boxes import Box
 from .disk import plain_file_problem, sha256_of

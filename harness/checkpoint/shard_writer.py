@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from harness.parallel.fragments import Fragment
+from harness.parallel import Fragment
 
 from .boxes import Box
 from .disk import sha256_of, sync

@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from harness.parallel.fragments import Fragment
+from harness.parallel import Fragment
 
 from .disk import make_folders, sync, write_synced
 from .errors import CheckpointError

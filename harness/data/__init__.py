@@ -1,1 +1,33 @@
+"""Text files or Megatron datasets in; tokenizers, .bin/.idx corpora and batches of tokens out.
 
+`prepare` makes a `Prepared` folder, `TokenStream` reads it for training and `EvaluationWindows` for evaluation. Read
+prepare.py first (how text becomes tokens), then stream.py (how tokens become batches).
+"""
+
+from .batch import IGNORED, Batch
+from .config import CorpusConfig, DataConfig, TokenizerConfig
+from .evaluation import EvaluationWindows, text_bytes
+from .prepare import prepare
+from .prepared import Prepared, PreparedSplit, open_prepared
+from .progress import Progress
+from .stream import TokenStream
+from .tokenizer import Tokenizer, load_tokenizer, open_tokenizer
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "CorpusConfig",
+    "DataConfig",
+    "EvaluationWindows",
+    "Prepared",
+    "PreparedSplit",
+    "Progress",
+    "TokenStream",
+    "Tokenizer",
+    "TokenizerConfig",
+    "load_tokenizer",
+    "open_prepared",
+    "open_tokenizer",
+    "prepare",
+    "text_bytes",
+]

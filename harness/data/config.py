@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -17,7 +18,7 @@ class TokenizerConfig(Section):
     """How text becomes token ids."""
 
     kind: Literal["sentencepiece", "huggingface", "bytes"] = "sentencepiece"
-    """sentencepiece (trained here or loaded), huggingface (any tokenizer.json), or bytes (ids 0-255, end of text 256)."""
+    """sentencepiece (trained here or loaded), huggingface (a tokenizer.json), or bytes (ids 0-255, end of text 256)."""
 
     path: str | None = None
     """The .model (sentencepiece) or tokenizer.json (huggingface) to load; null with sentencepiece trains one on the
@@ -148,10 +149,12 @@ class DataConfig(Section):
     """Share of documents held out for the test split, chosen likewise."""
 
     on_error: Literal["stop", "skip"] = "stop"
-    """At a record that cannot be read (broken JSON, undecodable file, truncated archive): stop, or skip and count it."""
+    """What to do at a record that cannot be read (broken JSON, undecodable file, truncated archive): stop, or skip and
+    count it."""
 
     workers: int | None = Field(None, ge=1)
-    """Processes that tokenize; null takes the machine's cores, fewer for little text. The output does not depend on it."""
+    """Processes that tokenize; null takes the machine's cores, fewer for little text. The output is the same with any
+    number."""
 
     document_masking: bool = False
     """Whether attention and positions restart at each document in a sequence; otherwise a sequence is one context."""
@@ -163,6 +166,11 @@ class DataConfig(Section):
     prepare: Literal["auto", "require"] = "auto"
     """Whether training tokenizes what is missing (auto) or takes the prepared folder as it is, without looking at the
     sources (require)."""
+
+    @property
+    def folder_path(self) -> Path:
+        """`folder` with `~` expanded."""
+        return Path(self.folder).expanduser()
 
     @field_validator("corpora")
     @classmethod

@@ -75,7 +75,8 @@ def _finish(waiting: deque[tuple[list[Document], Future[EncodedBatch]]]) -> tupl
         return batch, future.result()
     except BrokenProcessPool:
         raise HarnessError(
-            "a tokenizing process was ended from outside (out of memory?); set data.workers lower"
+            "a tokenizing process ended early (out of memory, or started from a script without "
+            "`if __name__ == '__main__':`); set data.workers lower, 1 for none"
         ) from None
 
 

@@ -80,7 +80,7 @@ class HuggingFaceTokenizer(Tokenizer):
         special = [added.content for _, added in sorted(self._added.items()) if added.special]
         raise HarnessError(
             f"{label}: has no token {name or ' or '.join(END_OF_TEXT_NAMES)} to end documents with; "
-            f"set data.tokenizer.end_of_text to one that it has ({', '.join(special[:10]) or 'it has no special tokens'})"
+            f"set data.tokenizer.end_of_text to one that it has ({', '.join(special[:10]) or 'no token is special'})"
         )
 
     def _read_pieces(self) -> list[bytes]:

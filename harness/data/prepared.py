@@ -109,7 +109,7 @@ def open_prepared(config: DataConfig) -> Prepared:
     missing = find_missing(config, None)
     if missing:
         raise HarnessError(f"{config.folder}: {' and '.join(missing)} not there; run `harness tokenize` first")
-    folder = Path(config.folder)
+    folder = config.folder_path
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
     corpora = {}
     for corpus in config.corpora:
@@ -125,7 +125,7 @@ def find_missing(config: DataConfig, files: dict[str, list[SourceFile]] | None) 
 
     `files` are the sources by corpus; None leaves them out of the comparison.
     """
-    folder = Path(config.folder)
+    folder = config.folder_path
     advice = f"set data.folder to another folder, or delete {folder}"
     if not (folder / TOKENIZER_FOLDER).exists():
         given = [corpus.name for corpus in config.corpora if corpus.source and (folder / corpus.name).exists()]

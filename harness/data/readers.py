@@ -90,9 +90,7 @@ def _cut(text: str, max_bytes: int) -> Iterator[str]:
     yield data[start:].decode()
 
 
-def _read_text(
-    file: SourceFile, corpus: CorpusConfig, advance: Callable[[int], None]
-) -> Iterator[str | Problem]:
+def _read_text(file: SourceFile, corpus: CorpusConfig, advance: Callable[[int], None]) -> Iterator[str | Problem]:
     try:
         with open_stream(file, advance) as stream:
             data = stream.read()
@@ -111,9 +109,7 @@ def _read_text(
         yield from (part for part in text.split(corpus.separator) if part)
 
 
-def _read_jsonl(
-    file: SourceFile, corpus: CorpusConfig, advance: Callable[[int], None]
-) -> Iterator[str | Problem]:
+def _read_jsonl(file: SourceFile, corpus: CorpusConfig, advance: Callable[[int], None]) -> Iterator[str | Problem]:
     number = 0
     try:
         with open_stream(file, advance) as stream:
@@ -142,7 +138,9 @@ def _text_of_line(line: bytes, field: str) -> str | _Bad:
     if not isinstance(record, dict):
         return _Bad(f"expected a JSON object with the key {field!r}, found {_kind(record)}")
     if field not in record:
-        return _Bad(f"has no key {field!r} (text_field); its keys are {', '.join(map(repr, list(record)[:10])) or 'none'}")
+        return _Bad(
+            f"has no key {field!r} (text_field); its keys are {', '.join(map(repr, list(record)[:10])) or 'none'}"
+        )
     text = record[field]
     if not isinstance(text, str):
         return _Bad(f"{field!r} should be text, found {_kind(text)}")
@@ -157,9 +155,7 @@ def _encodable(text: str) -> str | _Bad:
     return text
 
 
-def _read_parquet(
-    file: SourceFile, corpus: CorpusConfig, advance: Callable[[int], None]
-) -> Iterator[str | Problem]:
+def _read_parquet(file: SourceFile, corpus: CorpusConfig, advance: Callable[[int], None]) -> Iterator[str | Problem]:
     parquet = import_parquet()
     import pyarrow
 
@@ -169,7 +165,9 @@ def _read_parquet(
             kind = {field.name: str(field.type) for field in table.schema_arrow}
             if corpus.text_field not in kind:
                 names = ", ".join(map(repr, list(kind)[:10])) or "none"
-                yield Problem(file.path, "", f"has no column {corpus.text_field!r} (text_field); its columns are {names}")
+                yield Problem(
+                    file.path, "", f"has no column {corpus.text_field!r} (text_field); its columns are {names}"
+                )
             elif kind[corpus.text_field] not in ("string", "large_string", "string_view"):
                 found = kind[corpus.text_field]
                 yield Problem(file.path, "", f"column {corpus.text_field!r} should hold text, it holds {found}")

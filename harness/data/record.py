@@ -62,7 +62,9 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise HarnessError(f"{file}: is damaged ({error!r}); delete {folder} and tokenize again") from None
     if version != FORMAT:
-        raise HarnessError(f"{file}: has format {version}, this version reads {FORMAT}; delete {folder} and tokenize again")
+        raise HarnessError(
+            f"{file}: has format {version}, this version reads {FORMAT}; delete {folder} and tokenize again"
+        )
     loaded: dict[str, Any] = record
     return loaded
 

@@ -95,9 +95,15 @@ class Tokenizer(ABC):
 
         Summed over a document's ids this is its length in bytes, exactly, for bytes, for sentencepiece models trained
         here and for byte-level BPE. A tokenizer that changes text (normalisation, a leading space, unknown characters)
-        is counted by the bytes of its tokens; `prepare` counts the documents where that differs.
+        is counted by the bytes of its tokens; `prepare` counts the documents where that differs. Read-only.
         """
-        return np.array([len(piece) for piece in self.pieces], dtype=np.int32)
+        return self._token_bytes
+
+    @cached_property
+    def _token_bytes(self) -> np.ndarray:
+        sizes = np.array([len(piece) for piece in self.pieces], dtype=np.int32)
+        sizes.flags.writeable = False
+        return sizes
 
     def save(self, folder: Path) -> None:
         """Write what `load_tokenizer` needs into `folder`, which is created."""
@@ -111,7 +117,9 @@ class Tokenizer(ABC):
             "vocab_size": self.vocab_size,
             "fingerprint": self.fingerprint,
         }
-        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / DESCRIPTION).write_text(
+            json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
     @property
     def end_of_text(self) -> str | None:

@@ -1,4 +1,4 @@
-"""The tokenizer of a prepared folder: training one on the corpora, and whether the one there is the one wanted."""
+"""What a tokenizer that was trained in a prepared folder came out of, and whether it is the one wanted now."""
 
 from __future__ import annotations
 

@@ -94,8 +94,8 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise HarnessError(
-                f"{folder}: process {file.read().strip() or '?'} is preparing data here; wait for it, or choose another "
-                "data.folder"
+                f"{folder}: process {file.read().strip() or '?'} is preparing data here; wait for it, or choose "
+                "another data.folder"
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))

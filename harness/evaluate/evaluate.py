@@ -10,7 +10,7 @@ import torch
 
 from harness.callbacks import Score, score
 from harness.config import HarnessError
-from harness.data import DataSection, EvaluationWindows, prepare
+from harness.data import DataConfig, EvaluationWindows, prepare
 from harness.model import Decoder
 from harness.parallel import ParallelLayout, ParallelSection
 
@@ -18,7 +18,7 @@ from .config import EvaluateSection
 from .restore import restore
 
 
-def evaluate(target: Path, section: EvaluateSection, data: DataSection, parallel: ParallelSection) -> dict[str, Any]:
+def evaluate(target: Path, section: EvaluateSection, data: DataConfig, parallel: ParallelSection) -> dict[str, Any]:
     """Loss (nats a token), bits per byte, accuracy and counts, in all and by corpus.
 
     The data are those of `data`, which must have been tokenized with the run's tokenizer.
@@ -33,7 +33,8 @@ def evaluate(target: Path, section: EvaluateSection, data: DataSection, parallel
         windows = EvaluationWindows(prepared, data, section.split, section.batch_size, limit_samples=section.samples)
         scores = score(restored.model, windows, restored.tokenizer.token_bytes(), layout.device)
         if section.per_token is not None:
-            np.savez_compressed(section.per_token, **per_token_losses(restored.model, windows, layout.device))
+            arrays: dict[str, Any] = per_token_losses(restored.model, windows, layout.device)
+            np.savez_compressed(section.per_token, **arrays)
     total = sum(scores.values(), Score())
     return {
         "run": str(restored.run_folder),

@@ -41,7 +41,8 @@ def complete(
         capacity = min(capacity, limit)
     like = model.token_embedding.weight
     caches = [KeyValueCache(1, capacity, model.section, like) for _ in model.layers]
-    tokens, new = torch.tensor([prompt], device=device), []
+    tokens = torch.tensor([prompt], device=device)
+    new: list[int] = []
     while len(new) < section.max_tokens and caches[0].length + tokens.shape[1] <= capacity:
         token = choose(model.logits(tokens, caches)[0, -1].cpu(), section, generator)
         if token == tokenizer.eod:

@@ -53,7 +53,7 @@ def restore(target: Path, *, step: int | None = None, device: torch.device | str
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     weights |= {name: weights[name][:rows] for name, rows in model.real_rows().items()}
     fragments = [
-        Fragment(name, "master", tuple(weight.shape), (0,) * weight.dim(), weight) for name, weight in weights.items()
+        Fragment.whole(name, "master", weight) for name, weight in weights.items()
     ]
     store.load(step, into=fragments)
     return Restored(model.eval(), tokenizer, run_folder, step)

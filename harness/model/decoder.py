@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from harness.kernels import LossOutput
 
 from .attention import Attention, AttentionContext, KeyValueCache, rotation_tables
 from .config import LossSection, ModelSection
-from .head import Head
+from .head import Head, Reduction
 from .mlp import build_mlp
 from .norms import build_norm
 from .sites import Tap
@@ -66,7 +66,7 @@ class Decoder(nn.Module):
     def tie_head(self) -> None:
         """Let a tied head use the token embedding's parameter."""
         if self.section.tied_head:
-            self.head.weight = self.token_embedding.weight
+            self.head.weight = cast(nn.Parameter, self.token_embedding.weight)
 
     def forward(
         self,
@@ -76,7 +76,7 @@ class Decoder(nn.Module):
         document_ids: Tensor | None = None,
         *,
         plain: bool = False,
-        reduction: str = "sum",
+        reduction: Reduction = "sum",
         outputs: Sequence[str] = (),
     ) -> LossOutput:
         """Losses of int64 tokens and targets (batch, sequence); see `hidden_states` and `Head.forward`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from harness.kernels import LossOutput, VocabShard, linear_cross_entropy
 
 from .config import LossSection, ModelSection
+
+Reduction = Literal["mean", "sum", "none"]
 
 
 class Head(nn.Module):
@@ -33,7 +36,7 @@ class Head(nn.Module):
         targets: Tensor,
         *,
         plain: bool = False,
-        reduction: str = "sum",
+        reduction: Reduction = "sum",
         outputs: Sequence[str] = (),
     ) -> LossOutput:
         """Losses of hidden (..., H) against int64 targets (...), -100 where there is none.

@@ -93,16 +93,15 @@ class TorchEngine:
             for kind, value in values.items():
                 if name in self._real_rows and value.dim() > 0:
                     value = value[: self._real_rows[name]]
-                shape = tuple(value.shape)
-                yield Fragment(name=name, kind=kind, global_shape=shape, offsets=(0,) * len(shape), tensor=value)
+                yield Fragment.whole(name, kind, value)
 
     @torch.no_grad()
     def refresh_weights(self) -> None:
         """Bring the weights that the model computes with in line with the masters, after these were changed or
         loaded."""
         if self._separate:
-            working = [self._working[name] for name in self._masters]
-            torch._foreach_copy_(working, list(self._masters.values()))
+            working: list[Tensor] = [self._working[name] for name in self._masters]
+            torch._foreach_copy_(working, [*self._masters.values()])
 
     def _gradients(self) -> list[Tensor]:
         return [master.grad for master in self._masters.values() if master.grad is not None]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .checks import host_sees
 from .sweep import Swept, Wanted, sweep
 from .types import Terms
 
@@ -152,8 +153,8 @@ def scale_gradients(
     gradients: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None], scale: Tensor | None
 ) -> list[Tensor | None]:
     """Multiplies in place by a 0-dim scale, and casts each to the dtype of its input."""
-    # On the CPU its value costs nothing to see, and a factor of 1 would be a pass over V × D for nothing.
-    if scale is not None and not (scale.device.type == "cpu" and scale.item() == 1.0):
+    # A factor of 1 would be a pass over V × D for nothing.
+    if scale is not None and not (host_sees(scale) and scale.item() == 1.0):
         # One-dimensional: a 0-dim fp32 factor would be rounded to the 16 bits of a 16-bit gradient first.
         factor = scale.reshape(1)
         for gradient in gradients:

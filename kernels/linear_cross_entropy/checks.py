@@ -12,6 +12,11 @@ from .types import OUTPUTS, Terms, VocabShard
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def host_sees(tensor: Tensor) -> bool:
+    """Whether the host can look at values without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 def check_tensors(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, token_weights: Tensor | None
 ) -> None:
@@ -80,7 +85,7 @@ def check_targets(targets: Tensor, terms: Terms) -> None:
     wait for the device, an assertion is queued on the device.
     """
     fine = ((targets >= 0) & (targets < terms.vocab_size)) | (targets == terms.ignore_index)
-    if targets.device.type == "cpu":
+    if host_sees(targets):
         if not fine.all():
             where = tuple((~fine).nonzero()[0].tolist())
             raise ValueError(

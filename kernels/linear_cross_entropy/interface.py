@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -110,7 +109,15 @@ def linear_cross_entropy(
     )
 
 
-@functools.cache
+_uncompiled: Callable[..., LossOutput] | None = None
+
+
 def _outside_compilation() -> Callable[..., LossOutput]:
-    # Made on first use within a compiled region: torch.compiler.disable imports the compiler, which takes seconds.
-    return torch.compiler.disable(linear_cross_entropy)
+    """linear_cross_entropy, which the compiler calls rather than traces.
+
+    Made on first use in a compiled region: torch.compiler.disable imports the compiler, which takes seconds.
+    """
+    global _uncompiled
+    if _uncompiled is None:
+        _uncompiled = torch.compiler.disable(linear_cross_entropy)
+    return _uncompiled

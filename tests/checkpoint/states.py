@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from harness.parallel.fragments import Fragment
+from harness.parallel import Fragment
 
 
 def random_tensors(seed: int) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ PROGRAM = '''
 import os, pathlib, random, shutil, signal, sys, time
 import torch
 from harness.checkpoint import CheckpointStore, shard_writer
-from harness.parallel.fragments import Fragment
+from harness.parallel import Fragment
 
 torch.set_num_threads(1)
 folder = pathlib.Path(sys.argv[1])

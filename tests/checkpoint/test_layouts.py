@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from harness.checkpoint import CheckpointError, CheckpointStore
-from harness.parallel.fragments import Fragment
+from harness.parallel import Fragment
 from tests.checkpoint.states import (
     assert_same_bits,
     blank_like,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from harness.checkpoint import CheckpointError, CheckpointStore
 from harness.config import HarnessError
-from harness.parallel.fragments import Fragment
+from harness.parallel import Fragment
 from tests.checkpoint.states import assert_same_bits, blank_like, random_tensors, whole_fragments
 
 STATE = {

@@ -1,0 +1,70 @@
+"""Each bad input, and the line that it gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from harness.kernels import VocabShard, linear_cross_entropy
+from harness.kernels.linear_cross_entropy import checks
+
+HIDDEN, WEIGHT, TARGETS = torch.randn(2, 3, 4), torch.randn(7, 4), torch.zeros(2, 3, dtype=torch.int64)
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"hidden": torch.randn(2, 3, 5)}, r"hidden \(2, 3, 5\) must end in the D of weight \(7, 4\)"),
+    ({"hidden": torch.randn(2, 4)}, r"targets \(2, 3\) must have the shape of hidden \(2, 4\) without D"),
+    ({"hidden": torch.zeros(2, 3, 4, dtype=torch.int64)}, "hidden has dtype torch.int64"),
+    ({"weight": torch.randn(4)}, r"weight must be \(V, D\) with V at least 1, got shape \(4,\)"),
+    ({"weight": torch.randn(0, 4)}, r"weight must be \(V, D\) with V at least 1, got shape \(0, 4\)"),
+    ({"weight": torch.randn(7, 4, device="meta")}, "weight is on meta, hidden on cpu"),
+    ({"targets": TARGETS.int()}, "targets has dtype torch.int32; int64 token ids are wanted"),
+    ({"bias": torch.randn(6)}, r"bias must have shape \(7,\), got \(6,\)"),
+    ({"token_weights": torch.ones(6)}, r"token_weights \(6,\) must have the shape of targets \(2, 3\)"),
+    ({"token_weights": torch.ones(2, 3, requires_grad=True)}, "token_weights gets no gradient"),
+    ({"label_smoothing": 1.1}, r"label_smoothing must lie in \[0, 1\], got 1.1"),
+    ({"label_smoothing": float("nan")}, r"label_smoothing must lie in \[0, 1\], got nan"),
+    ({"z_loss": -0.1}, "z_loss must be finite and not negative, got -0.1"),
+    ({"softcap": 0.0}, "softcap must be finite and positive, or None for no cap, got 0.0"),
+    ({"temperature": 0.0}, "temperature must be finite and positive, got 0.0"),
+    ({"reduction": "avg"}, "reduction must be 'mean', 'sum' or 'none', got 'avg'"),
+    ({"outputs": ("logits",)}, "outputs may name lse, logprob, entropy, max_prob, correct; got 'logits'"),
+    ({"outputs": "lse"}, r"outputs must be a sequence of names such as \('lse',\)"),
+    ({"implementation": "triton"}, "implementation must be 'auto', 'blocked' or 'reference', got 'triton'"),
+    ({"shard": VocabShard(0, 8, 7)}, r"shard \[0, 8\) must be all 7 rows of weight"),
+    ({"shard": VocabShard(1, 7, 7)}, r"shard \[1, 7\) must be all 7 rows of weight"),
+    ({"shard": VocabShard(0, 7, 8)}, "shard.vocab_size 8 exceeds the 7 rows of weight"),
+]
+
+
+@pytest.mark.parametrize(("change", "line"), BAD, ids=[line[:40] for _, line in BAD])
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_bad_arguments(change: dict[str, Any], line: str, implementation: str) -> None:
+    arguments = {"hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS, "implementation": implementation, **change}
+    with pytest.raises(ValueError, match=line) as caught:
+        linear_cross_entropy(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("target", [-1, 6, 7, -101, 2**40])
+@pytest.mark.parametrize("implementation", ["blocked", "reference"])
+def test_a_target_out_of_range_is_named(target: int, implementation: str) -> None:
+    # 6 is a row of the weight, but of its padding.
+    targets = TARGETS.clone()
+    targets[1, 2] = target
+    with pytest.raises(ValueError, match=rf"targets\[1, 2\] is {target}: .*\[0, 6\) nor ignore_index -100"):
+        linear_cross_entropy(HIDDEN, WEIGHT, targets, shard=VocabShard(0, 7, 6), implementation=implementation)
+
+
+def test_a_target_out_of_range_is_asserted_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "host_sees", lambda tensor: False)
+    linear_cross_entropy(HIDDEN, WEIGHT, TARGETS)
+    with pytest.raises(RuntimeError, match=r"a target is neither a token id in \[0, 7\)"):
+        linear_cross_entropy(HIDDEN, WEIGHT, TARGETS + 7)
+
+
+@pytest.mark.parametrize(("start", "stop", "vocab_size"), [(-1, 4, 4), (4, 4, 4), (0, 4, 0)])
+def test_impossible_shards(start: int, stop: int, vocab_size: int) -> None:
+    with pytest.raises(ValueError, match="VocabShard"):
+        VocabShard(start, stop, vocab_size)
