@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from harness.callbacks import CheckpointSection, ValidationSection
-from harness.config import Section
+from harness.config import ConfigError, Section
 from harness.data import DataConfig
 from harness.evaluate import EvaluateSection, GenerateSection, SummarySection
 from harness.model import LossSection, ModelSection
@@ -107,6 +107,11 @@ class Settings(Section):
 
     def resolved(self, vocab_size: int) -> Settings:
         """With what follows from other values filled in: the model's vocabulary and longest sequence."""
+        if self.model.vocab_size is not None and self.model.vocab_size < vocab_size:
+            raise ConfigError(
+                f"model.vocab_size: {self.model.vocab_size} is less than the tokenizer's {vocab_size}; leave it "
+                f"null, or set at least {vocab_size}"
+            )
         filled = {
             "vocab_size": self.model.vocab_size or vocab_size,
             "max_positions": self.model.max_positions or self.data.sequence_length,

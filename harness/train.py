@@ -223,7 +223,7 @@ class Trainer:
                 f"{self.store.folder}: step {step} cannot be resumed: {'; '.join(refused)}. Set these back, or choose "
                 f"another run.name"
             )
-        self.store.load(step, into=self.engine.fragments())
+        self.store.load(step, into=self.engine.fragments(), verify=False)  # found good by _starting_step
         self.engine.refresh_weights()
         self.stream.load_state_dict(state["stream"])
         self.step, self.tokens_seen = state["step"], state["tokens_seen"]
@@ -278,7 +278,7 @@ def _starting_step(settings: Settings, run: RunFolder, store: CheckpointStore) -
                 f"{run.path}: holds a run already; choose another run.name, delete it, or set train.resume=auto"
             )
         return None
-    newest = store.latest_good()
+    newest = store.latest_good(verify=True)
     if newest is None and resume == "must":
         raise HarnessError(f"{store.folder}: no good checkpoint to resume from, and train.resume is must")
     return newest

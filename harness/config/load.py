@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from .errors import ConfigError
-from .section import type_name
+from .section import alternatives, type_name
 
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
 
@@ -47,7 +47,7 @@ def load_config(
     values = read_yaml(file, label) if file is not None else {}
     from_command_line = set()
     for override in overrides:
-        path, value = parse_override(override)
+        path, value = parse_override(override, config_type)
         _set_at(values, path, value, override)
         from_command_line.add(".".join(path))
     return validate(config_type, values, label, from_command_line)
@@ -87,15 +87,30 @@ def read_yaml(file: Path, label: str) -> dict[str, Any]:
     return values
 
 
-def parse_override(override: str) -> tuple[list[str], Any]:
-    """`section.key=value` as its path and value; the value is read as YAML."""
+def parse_override(override: str, config_type: type[BaseModel]) -> tuple[list[str], Any]:
+    """`section.key=value` as its path and value: read as YAML, but where text is wanted taken as it stands.
+
+    A prompt may hold what YAML would make a mapping or a comment of; in quotes it may hold escapes such as "\\n".
+    """
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"command line: {override!r} is not of the form section.key=value")
+    path = key.strip().split(".")
+    section = _section_at(config_type, path[:-1])
+    wants_text = section is not None and path[-1] in section.model_fields and _is_text(section, path[-1])
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    if wants_text and not quoted and text not in ("null", "~", ""):
+        return path, text
     try:
-        return key.strip().split("."), yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        return key.strip().split("."), text  # text that happens to look like broken YAML, a prompt say
+        return path, yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"command line: {override!r}: the value is not valid YAML: {reason}") from None
+
+
+def _is_text(section: type[BaseModel], key: str) -> bool:
+    """Whether a field holds text, or text or null."""
+    return set(alternatives(section.model_fields[key].annotation)) <= {str, type(None)}
 
 
 def _set_at(values: dict[str, Any], path: list[str], value: Any, override: str) -> None:

@@ -30,12 +30,12 @@ class Section(BaseModel):
     def _refuse_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Python counts True as 1; a configuration that says `steps: yes` is a mistake."""
         assert info.field_name is not None
-        if isinstance(value, bool) and bool not in _alternatives(cls.model_fields[info.field_name].annotation):
+        if isinstance(value, bool) and bool not in alternatives(cls.model_fields[info.field_name].annotation):
             raise ValueError(f"true/false where {type_name(cls.model_fields[info.field_name].annotation)} is expected")
         return value
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
+def alternatives(annotation: Any) -> tuple[Any, ...]:
     """The members of a union, or the one type."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return typing.get_args(annotation)
@@ -46,7 +46,7 @@ def type_name(annotation: Any) -> str:
     """A type as a user would say it: `a whole number`, `one of cpu, cuda`."""
     plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     names = []
-    for member in _alternatives(annotation):
+    for member in alternatives(annotation):
         origin = typing.get_origin(member)
         if origin is typing.Literal:
             names.append("one of " + ", ".join(map(str, typing.get_args(member))))

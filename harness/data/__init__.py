@@ -7,7 +7,7 @@ prepare.py first (how text becomes tokens), then stream.py (how tokens become ba
 from .batch import IGNORED, Batch
 from .config import CorpusConfig, DataConfig, TokenizerConfig
 from .evaluation import EvaluationWindows, text_bytes
-from .prepare import prepare
+from .prepare import prepare, prepare_for_training
 from .prepared import Prepared, PreparedSplit, open_prepared
 from .progress import Progress
 from .stream import TokenStream
@@ -29,5 +29,6 @@ __all__ = [
     "open_prepared",
     "open_tokenizer",
     "prepare",
+    "prepare_for_training",
     "text_bytes",
 ]

@@ -49,6 +49,11 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Prepared
     return open_prepared(config)
 
 
+def prepare_for_training(config: DataConfig, *, progress: Progress | None = None) -> Prepared:
+    """`prepare`, or with `prepare: require` what is there already (see `open_prepared`)."""
+    return open_prepared(config) if config.prepare == "require" else prepare(config, progress=progress)
+
+
 def _fill(folder: Path, config: DataConfig, files: dict[str, list[SourceFile]], progress: Progress) -> None:
     """Write the tokenizer and the corpora that are missing; the folder is locked."""
     find_missing(config, files)  # another process may have been here in the meantime

@@ -155,7 +155,7 @@ def scale_gradients(
     """Multiplies in place by a 0-dim scale, and casts each to the dtype of its input."""
     # A factor of 1 would be a pass over V × D for nothing.
     if scale is not None and not (host_sees(scale) and scale.item() == 1.0):
-        # One-dimensional: a 0-dim fp32 factor would be rounded to the 16 bits of a 16-bit gradient first.
+        # One-dimensional: promotion would let a 0-dim fp32 factor be rounded to the 16 bits of a 16-bit gradient first.
         factor = scale.reshape(1)
         for gradient in gradients:
             if gradient is not None:

@@ -75,6 +75,21 @@ def test_the_resolved_file_reads_back_equal(tmp_path: Path, comments: bool) -> N
     assert ("# A rate: with a colon" in text) == comments
 
 
+class Texts(Section):
+    prompt: str | None = None
+    """Some text."""
+    kind: Literal["a", "null"] = "a"
+    """A choice."""
+
+
+def test_text_on_the_command_line_is_taken_as_it_stands() -> None:
+    for text in ("a: b", "x # y", "[1", "  def f(", "3", "{'a': 1}", "yes", "- x ", "'"):
+        assert load_config(Texts, None, [f"prompt={text}"]).prompt == text
+    assert load_config(Texts, None, ['prompt="a\\n: b"']).prompt == "a\n: b"
+    assert load_config(Texts, None, ["prompt=null"]).prompt is None
+    assert load_config(Texts, None, ["prompt=''"]).prompt == ""
+
+
 MISTAKES = {
     "inner: {rte: 1}": "config.yaml: inner.rte: unknown key; did you mean inner.rate?",
     "rate: 1": "config.yaml: rate: unknown key; did you mean inner.rate?",
@@ -107,6 +122,7 @@ OVERRIDES = {
     "count": "command line: 'count' is not of the form section.key=value",
     "inner.kind=x": "command line: inner.kind: 'x' is not one of constant, cosine",
     "count.x=1": "command line: 'count.x=1': count is a value and has no keys",
+    "inner.names=[x": "command line: 'inner.names=[x': the value is not valid YAML: ",
     "items.5.name=x": "command line: 'items.5.name=x': items is a list of 1; number its items from 0",
 }
 

@@ -224,7 +224,7 @@ def _run_and_kill(config: DataConfig, when: str, pids: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if when == "rename":
-        os.rename = die
+        os.rename = die  # type: ignore[assignment]
     else:
         add, calls = CorpusWriter.add, iter(range(10**6))
 
@@ -233,7 +233,7 @@ def _run_and_kill(config: DataConfig, when: str, pids: Path) -> None:
             if next(calls) == 100:
                 die()
 
-        CorpusWriter.add = add_or_die  # type: ignore[method-assign]
+        CorpusWriter.add = add_or_die  # type: ignore[method-assign, assignment]
     prepare(config, progress=Progress(quiet=True))
 
 

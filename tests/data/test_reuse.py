@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from harness.config import HarnessError
-from harness.data import DataConfig, Progress, open_prepared, prepare
+from harness.data import DataConfig, Progress, open_prepared, prepare, prepare_for_training
 from harness.data.writer import locked
 from tests.data.helpers import random_documents, write_jsonl
 
@@ -42,8 +42,11 @@ def test_reused_as_it_is(tmp_path: Path, make_config: MakeConfig, rng: np.random
     assert stamps(tmp_path / "prepared") == before
     path.unlink()  # `require` does not look at the sources
     assert open_prepared(config).corpora == first.corpora
-    with pytest.raises(HarnessError, match="no such file or folder"):
-        prepare(config, progress=quiet)
+    required = config.model_copy(update={"prepare": "require"})
+    assert prepare_for_training(required, progress=quiet).corpora == first.corpora
+    for look in (prepare, prepare_for_training):
+        with pytest.raises(HarnessError, match="no such file or folder"):
+            look(config, progress=quiet)
 
 
 def test_another_corpus_is_added(

@@ -201,7 +201,7 @@ def test_skipped_windows(blended: tuple[DataConfig, Prepared], rng: np.random.Ge
         stream.skip(20, 23)
         stream.skip(22, 30)
         stream.skip(78, 90)
-        rest = read_samples(stream, 7, 3, 40, 8)
+        rest = read_samples(stream, 10, 40, 8)
         state = stream.state_dict()
     kept = [*range(10), *range(12, 20), *range(30, 78)]
     assert torch.equal(torch.cat([first, rest])[: len(kept)], everything[kept])
@@ -252,7 +252,7 @@ def test_errors_of_the_reading_thread_arrive(
         stream.read(4, 2)
         stream.read(4, 2)
         failing = True
-        said = []
+        said: list[str] = []
         while not said:  # what was read ahead in time still comes
             try:
                 stream.read(4, 2)

@@ -110,7 +110,7 @@ def test_saved_tokenizer_is_the_same(tokenizers_by_kind: dict[str, Tokenizer], k
     fingerprints = {other.fingerprint for other in tokenizers_by_kind.values()}
     assert len(fingerprints) == len(tokenizers_by_kind)
     if tokenizer.file_name is not None:
-        config = TokenizerConfig(kind=tokenizer.kind, path=str(tmp_path / "t" / tokenizer.file_name))  # type: ignore[arg-type]
+        config = TokenizerConfig(kind=tokenizer.kind, path=str(tmp_path / "t" / tokenizer.file_name))
         assert open_tokenizer(config).fingerprint == tokenizer.fingerprint
         changed = (
             tokenizer.definition + b"\n" if kind == "huggingface" else tokenizer.definition.replace(b"self", b"sulf")
