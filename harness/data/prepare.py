@@ -109,7 +109,7 @@ def _write_corpus(
         try:
             with progress.work(f"tokenizing {corpus.name}", total) as advance:
                 batches = batch_documents(reading.documents(files, advance))
-                workers = choose_workers(config.workers, total)
+                workers = choose_workers(config.workers, sum(file.estimated_text_bytes for file in files))
                 for batch, encoded in encode_all(batches, tokenizer, folder / TOKENIZER_FOLDER, workers):
                     start = 0
                     for document, length, size in zip(batch, encoded.lengths, encoded.sizes, strict=True):

@@ -178,7 +178,8 @@ def _read_parquet(file: SourceFile, corpus: CorpusConfig, advance: Callable[[int
                     for value in batch.column(0):
                         row += 1
                         yield _text_of_row(file.path, row, corpus.text_field, value)
-                    advance(file.size * len(batch) // table.metadata.num_rows)
+                    rows = table.metadata.num_rows
+                    advance(file.size * row // rows - file.size * (row - len(batch)) // rows)
     except (pyarrow.ArrowException, OSError) as error:
         place = f"row {row + 1}" if row else ""
         yield Problem(file.path, place, f"cannot be read as parquet ({' '.join(str(error).split())[:200]})")

@@ -40,6 +40,11 @@ class SourceFile:
     size: int
     modified_ns: int
 
+    @property
+    def estimated_text_bytes(self) -> int:
+        """Roughly the text in it: compressed text is a quarter of its size."""
+        return self.size * (1 if self.compression == "none" and self.format != "parquet" else 4)
+
 
 def find_files(corpus: CorpusConfig) -> list[SourceFile]:
     """The files of a corpus, each once, sorted by path. Raises HarnessError where an entry leads to none."""

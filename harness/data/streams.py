@@ -28,7 +28,7 @@ def open_stream(file: SourceFile, advance: Callable[[int], None]) -> Iterator[Bi
         if file.compression == "gzip":
             yield cast(BinaryIO, gzip.GzipFile(fileobj=io.BufferedReader(raw, CHUNK_BYTES), mode="rb"))
         elif file.compression == "zstd":
-            yield io.BufferedReader(_ZstdFile(raw), CHUNK_BYTES)
+            yield io.BufferedReader(_ZstdFile(io.BufferedReader(raw, CHUNK_BYTES)), CHUNK_BYTES)
         else:
             yield io.BufferedReader(raw, CHUNK_BYTES)
 
@@ -57,12 +57,12 @@ class _ZstdFile(io.RawIOBase):
     zstandard's own stream reader ends quietly where a file is cut off, so frames are counted here.
     """
 
-    def __init__(self, raw: io.FileIO) -> None:
+    def __init__(self, packed: io.BufferedReader) -> None:
         import zstandard
 
         self._error: type[Exception] = zstandard.ZstdError
         self._make: Callable[[], Any] = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
-        self._raw = raw
+        self._source = packed
         self._frame: Any = None
         self._packed = b""
         self._held = memoryview(b"")
@@ -73,7 +73,7 @@ class _ZstdFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._held:
             if not self._packed:
-                self._packed = self._raw.read(CHUNK_BYTES) or b""
+                self._packed = self._source.read1(CHUNK_BYTES)
                 if not self._packed:
                     if self._frame is not None:
                         raise EOFError("zstd file ends in the middle of a frame")

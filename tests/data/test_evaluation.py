@@ -34,7 +34,7 @@ def expected_batch(windows: list[tuple[list[int], list[int]]], masking: bool) ->
 @pytest.mark.parametrize("masking", [False, True])
 def test_windows_against_a_loop(make_prepared: MakePrepared, rng: np.random.Generator, masking: bool) -> None:
     config, prepared = make_prepared(
-        {"a": random_documents(rng, 40), "b": random_documents(rng, 25, longest=20)},
+        {"a": random_documents(rng, 80), "b": random_documents(rng, 80, longest=20)},
         document_masking=masking,
         mask_after_end_of_text=masking,
         sequence_length=13,
@@ -101,7 +101,7 @@ def test_bits_per_byte_is_exact(make_prepared: MakePrepared, rng: np.random.Gene
 
 
 def test_text_bytes_up_to_a_limit(make_prepared: MakePrepared, rng: np.random.Generator) -> None:
-    _, prepared = make_prepared({"a": random_documents(rng, 60)})
+    _, prepared = make_prepared({"a": random_documents(rng, 200)})
     everything = list(text_bytes(prepared, "a", "validation"))
     limit = sum(map(len, everything[:3])) + 1
     limited = list(text_bytes(prepared, "a", "validation", limit))

@@ -10,7 +10,8 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import zstandard
 
 from harness.config import HarnessError
 from harness.data import DataConfig, Prepared, Progress, open_prepared, prepare, text_bytes
+from harness.data.encoding import BYTES_PER_WORKER, choose_workers
 from harness.data.progress import LINE_SECONDS
 from harness.data.splits import SPLITS
 from harness.data.writer import PARTIAL, CorpusWriter
@@ -76,19 +78,29 @@ def write_in(form: str, folder: Path, documents: list[str]) -> dict[str, Any]:
 FORMS = ["txt", "txt.gz", "separated", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"]
 
 
+class Counted(Progress):
+    """Checks that each pass over the sources counts every byte on disk."""
+
+    @contextmanager
+    def work(self, title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+        counts: list[int] = []
+        yield counts.append
+        assert sum(counts) == total_bytes > 0
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_formats(form: str, tmp_path: Path, make_config: MakeConfig, rng: np.random.Generator, quiet: Progress) -> None:
-    documents = random_documents(rng, 60)
+def test_formats(form: str, tmp_path: Path, make_config: MakeConfig, rng: np.random.Generator) -> None:
+    documents = random_documents(rng, 80)
     entry = write_in(form, tmp_path / "text", documents)
     config = make_config(corpora=[{"name": "mine", **entry}])
-    prepared = prepare(config, progress=quiet)
+    prepared = prepare(config, progress=Counted(quiet=True))
     expected: dict[str, list[str]] = {split: [] for split in SPLITS}
     for text in documents:
         expected[expected_split(text)].append(text)
     assert contents(prepared, "mine") == expected
     for split in SPLITS:
         part = prepared.split("mine", split)
-        assert part.documents == len(expected[split]) > 0
+        assert part.documents == len(expected[split])
         assert part.bytes == sum(len(text.encode()) for text in expected[split])
         assert part.tokens == part.bytes + part.documents  # an end of text each
 
@@ -261,6 +273,7 @@ def test_killed_run_leaves_nothing_whole(
     while any(os.path.exists(f"/proc/{pid}") for pid in pids.read_text().split()):  # workers end with their parent
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    (left / f"{PARTIAL}renamed-since").mkdir()
     prepare(config.model_copy(update={"workers": 1}), progress=quiet)
     assert not list(left.glob(PARTIAL + "*"))
     for name in ("prepared.json", "train.bin", "train.idx", "validation.bin", "test.idx"):
@@ -277,6 +290,26 @@ def test_error_in_the_middle_leaves_nothing(
     with pytest.raises(HarnessError, match="line 51: not valid JSON"):
         prepare(config, progress=quiet)
     assert sorted(item.name for item in (tmp_path / "prepared").iterdir()) == [".lock", "tokenizer"]
+
+
+def test_text_that_a_tokenizer_changes_is_counted(tmp_path: Path, make_config: MakeConfig) -> None:
+    """sentencepiece's own defaults normalise (NFKC) and join spaces."""
+    import sentencepiece
+
+    plain = [f"plain words number {number}" for number in range(40)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(plain), model_prefix=str(tmp_path / "m"), vocab_size=60, minloglevel=2,
+        hard_vocab_limit=False, add_dummy_prefix=False,
+    )  # fmt: skip
+    write_jsonl(tmp_path / "a.jsonl", [*plain, "plain  words", "日本"])
+    said = io.StringIO()
+    config = make_config(
+        corpora=[{"name": "a", "source": str(tmp_path / "a.jsonl")}], tokenizer={"path": str(tmp_path / "m.model")}
+    )
+    prepared = prepare(config, progress=Progress(said))
+    assert prepared.tokenizer.definition == (tmp_path / "m.model").read_bytes()
+    assert "a: 2 documents do not come back byte for byte from this tokenizer" in said.getvalue()
+    assert json.loads((tmp_path / "prepared" / "a" / "prepared.json").read_text())["altered_documents"] == 2
 
 
 def test_progress_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,3 +338,10 @@ def test_progress_bar_on_a_terminal() -> None:
         advance(40)
     assert "skipped [red]one[/red]" in said.getvalue()
     assert "100/100 bytes" in said.getvalue()
+
+
+def test_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As asked; otherwise the cores, but no process that has less to do than it takes to start."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    assert choose_workers(3, 1) == 3
+    assert [choose_workers(None, BYTES_PER_WORKER * share) for share in (0, 1, 5, 100)] == [1, 1, 5, 8]

@@ -131,18 +131,22 @@ def test_trained_model_is_short_on_code_and_deterministic(rng: np.random.Generat
     unigram = TokenizerConfig(vocab_size=400, model_type="unigram")
     assert train_sentencepiece(TRAINING, unigram).definition == train_sentencepiece(TRAINING, unigram).definition
     # The sample does not depend on the order of documents, and respects its limit.
-    documents = [random_text(rng, int(rng.integers(1, 3000))) for _ in range(60)]
-    limit = sum(len(text.encode()) for text in documents) // 3
+    lengths = rng.choice([5, 50, 4000], 60)  # where a long one has made way, a short one would fit
+    documents = [f"{number} {random_text(rng, int(length))}" for number, length in enumerate(lengths)]
     samples = []
-    for _ in range(3):
-        sample = TrainingSample(limit)
+    for _ in range(8):
+        sample = TrainingSample(15_000)
         for place in rng.permutation(len(documents)):
             sample.add(documents[place])
         sample.add(documents[0])  # a duplicate counts once
         samples.append(sample.texts())
-    assert samples[0] == samples[1] == samples[2]
-    assert 0.5 * limit < sum(len(text.encode()) for text in samples[0]) <= limit
+    assert all(sample == samples[0] for sample in samples)
+    assert sum(len(text.encode()) for text in samples[0]) <= 15_000
     assert set(samples[0]) <= set(documents)
+    sample = TrainingSample(sum(len(text.encode()) for text in documents))
+    for text in documents * 2:
+        sample.add(text)
+    assert sorted(sample.texts()) == sorted(documents)
 
 
 def test_loaded_sentencepiece_of_another_kind(tmp_path: Path) -> None:
