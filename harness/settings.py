@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from harness.callbacks import CheckpointSection, ValidationSection
 from harness.config import ConfigError, Section
-from harness.data import DataConfig
+from harness.data import DataSection
 from harness.evaluate import EvaluateSection, GenerateSection, SummarySection
 from harness.model import LossSection, ModelSection
 from harness.optim import OptimizerSection, ScheduleSection, decay_steps
@@ -65,7 +65,7 @@ class Settings(Section):
     """The run folder."""
     parallel: ParallelSection = ParallelSection()
     """Devices and processes."""
-    data: DataConfig
+    data: DataSection
     """Corpora, tokenizer, and how samples are cut from them."""
     model: ModelSection
     """The decoder."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from harness.callbacks import Callback, Saving, Validation
 from harness.checkpoint import CheckpointStore
 from harness.config import HarnessError, dump_yaml, plain
-from harness.data import Batch, TokenStream, prepare
+from harness.data import Batch, TokenStream, prepare_for_training
 from harness.evaluate import Summary
 from harness.model import build_decoder, count_parameters, flops_per_token
 from harness.optim import build_adamw, learning_rate
@@ -71,7 +71,7 @@ class Trainer:
         self.store = CheckpointStore(run.checkpoints)
         start = _starting_step(settings, run, self.store)
 
-        self.prepared = prepare(settings.data)
+        self.prepared = prepare_for_training(settings.data)
         self.settings = settings = settings.resolved(self.prepared.tokenizer.vocab_size)
         self.total_steps = settings.train.steps
         self.stream = TokenStream(self.prepared, settings.data, seed=settings.train.seed)

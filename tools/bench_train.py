@@ -41,7 +41,9 @@ CONTENDERS = ("harness", "bare", "transformers")
 Advance = Callable[[], object]
 
 
-def bare_loop(model: nn.Module, losses: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], settings: Settings) -> Advance:
+def bare_loop(
+    model: nn.Module, losses: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], settings: Settings
+) -> Advance:
     """What one would write by hand: one batch in memory, forward, backward, clip, step, read the loss."""
     options = settings.optimizer
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
@@ -219,7 +221,11 @@ def main() -> None:
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in packages},
     }
-    document = {"command": f"python tools/bench_train.py {' '.join(sys.argv[1:])}", "machine": machine, "results": results}
+    document = {
+        "command": f"python tools/bench_train.py {' '.join(sys.argv[1:])}",
+        "machine": machine,
+        "results": results,
+    }
     if arguments.out:
         arguments.out.write_text(json.dumps(document, indent=2) + "\n")
 

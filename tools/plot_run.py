@@ -1,6 +1,6 @@
 """Draw a run's curves from its metrics.jsonl.
 
-    python tools/plot_run.py runs/quickstart docs/images/quickstart.png
+python tools/plot_run.py runs/quickstart docs/images/quickstart.png
 """
 
 from __future__ import annotations

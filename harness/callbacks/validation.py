@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from harness.data import Batch, DataConfig, EvaluationWindows
+from harness.data import Batch, DataSection, EvaluationWindows
 from harness.model import Decoder
 
 from .base import Callback, TrainerView, is_due
@@ -90,7 +90,7 @@ class Validation(Callback):
 
     name = "validation"
 
-    def __init__(self, section: ValidationSection, data: DataConfig) -> None:
+    def __init__(self, section: ValidationSection, data: DataSection) -> None:
         self.section, self.data = section, data
         self.last: dict[str, Score] = {}
         """The newest scores by corpus."""

@@ -5,7 +5,7 @@ prepare.py first (how text becomes tokens), then stream.py (how tokens become ba
 """
 
 from .batch import IGNORED, Batch
-from .config import CorpusConfig, DataConfig, TokenizerConfig
+from .config import CorpusSection, DataSection, TokenizerSection
 from .evaluation import EvaluationWindows, text_bytes
 from .prepare import prepare, prepare_for_training
 from .prepared import Prepared, PreparedSplit, open_prepared
@@ -16,15 +16,15 @@ from .tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 __all__ = [
     "IGNORED",
     "Batch",
-    "CorpusConfig",
-    "DataConfig",
+    "CorpusSection",
+    "DataSection",
     "EvaluationWindows",
     "Prepared",
     "PreparedSplit",
     "Progress",
     "TokenStream",
     "Tokenizer",
-    "TokenizerConfig",
+    "TokenizerSection",
     "load_tokenizer",
     "open_prepared",
     "open_tokenizer",

@@ -14,7 +14,7 @@ TOKENIZER_FOLDER = "tokenizer"
 """The name beside the corpora in a prepared folder; so no corpus may have it."""
 
 
-class TokenizerConfig(Section):
+class TokenizerSection(Section):
     """How text becomes token ids."""
 
     kind: Literal["sentencepiece", "huggingface", "bytes"] = "sentencepiece"
@@ -51,7 +51,7 @@ class TokenizerConfig(Section):
         return self.kind == "sentencepiece" and self.path is None
 
 
-class CorpusConfig(Section):
+class CorpusSection(Section):
     """One body of text: files to tokenize, or an existing Megatron dataset."""
 
     name: str
@@ -126,16 +126,16 @@ class CorpusConfig(Section):
         return self
 
 
-class DataConfig(Section):
+class DataSection(Section):
     """Corpora, tokenizer, split, and how documents are packed into sequences."""
 
     folder: str = "data/prepared"
     """Where tokenized corpora and the tokenizer are kept; one folder holds one choice of tokenizer and split."""
 
-    corpora: tuple[CorpusConfig, ...]
+    corpora: tuple[CorpusSection, ...]
     """The text to train on; several are blended."""
 
-    tokenizer: TokenizerConfig = TokenizerConfig()
+    tokenizer: TokenizerSection = TokenizerSection()
     """How text becomes token ids."""
 
     sequence_length: int = Field(1024, ge=2)
@@ -174,7 +174,7 @@ class DataConfig(Section):
 
     @field_validator("corpora")
     @classmethod
-    def _check_corpora(cls, value: tuple[CorpusConfig, ...]) -> tuple[CorpusConfig, ...]:
+    def _check_corpora(cls, value: tuple[CorpusSection, ...]) -> tuple[CorpusSection, ...]:
         if not value:
             raise ValueError("is empty: name at least one corpus, `- name: mine` with `source: [mine/*.txt]`")
         names = [corpus.name for corpus in value]

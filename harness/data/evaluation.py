@@ -11,7 +11,7 @@ import torch
 from harness.config import HarnessError
 
 from .batch import IGNORED, Batch, make_batch
-from .config import DataConfig
+from .config import DataSection
 from .prepared import Prepared, PreparedSplit
 
 
@@ -27,7 +27,7 @@ class EvaluationWindows:
     def __init__(
         self,
         prepared: Prepared,
-        config: DataConfig,
+        config: DataSection,
         split: str,
         batch_size: int,
         data_rank: int = 0,

@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.config import HarnessError
 
-from .config import TOKENIZER_FOLDER, CorpusConfig, DataConfig
+from .config import TOKENIZER_FOLDER, CorpusSection, DataSection
 from .encoding import batch_documents, choose_workers, encode_all
 from .prepared import Prepared, find_missing, open_prepared
 from .progress import Progress
@@ -26,7 +26,7 @@ SHOWN_PROBLEMS = 10
 KEPT_PROBLEMS = 100
 
 
-def prepare(config: DataConfig, *, progress: Progress | None = None) -> Prepared:
+def prepare(config: DataSection, *, progress: Progress | None = None) -> Prepared:
     """Train or load the tokenizer and tokenize every corpus that is not in `config.folder` yet.
 
     What is there is reused where settings, tokenizer and sources are the same, and refused otherwise. A corpus appears
@@ -49,12 +49,12 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Prepared
     return open_prepared(config)
 
 
-def prepare_for_training(config: DataConfig, *, progress: Progress | None = None) -> Prepared:
+def prepare_for_training(config: DataSection, *, progress: Progress | None = None) -> Prepared:
     """`prepare`, or with `prepare: require` what is there already (see `open_prepared`)."""
     return open_prepared(config) if config.prepare == "require" else prepare(config, progress=progress)
 
 
-def _fill(folder: Path, config: DataConfig, files: dict[str, list[SourceFile]], progress: Progress) -> None:
+def _fill(folder: Path, config: DataSection, files: dict[str, list[SourceFile]], progress: Progress) -> None:
     """Write the tokenizer and the corpora that are missing; the folder is locked."""
     find_missing(config, files)  # another process may have been here in the meantime
     if not (folder / TOKENIZER_FOLDER).exists():
@@ -73,7 +73,7 @@ def _fill(folder: Path, config: DataConfig, files: dict[str, list[SourceFile]], 
             _write_corpus(folder, config, corpus, files[corpus.name], tokenizer, progress)
 
 
-def _train_tokenizer(config: DataConfig, files: dict[str, list[SourceFile]], progress: Progress) -> Tokenizer:
+def _train_tokenizer(config: DataSection, files: dict[str, list[SourceFile]], progress: Progress) -> Tokenizer:
     """A sentencepiece model of a sample of the training documents."""
     sample = TrainingSample(config.tokenizer.max_training_bytes)
     for corpus in config.corpora:
@@ -94,8 +94,8 @@ def _train_tokenizer(config: DataConfig, files: dict[str, list[SourceFile]], pro
 
 def _write_corpus(
     folder: Path,
-    config: DataConfig,
-    corpus: CorpusConfig,
+    config: DataSection,
+    corpus: CorpusSection,
     files: list[SourceFile],
     tokenizer: Tokenizer,
     progress: Progress,
@@ -138,7 +138,7 @@ def _write_corpus(
 
 
 def _say_result(
-    corpus: CorpusConfig, writer: CorpusWriter, reading: _Reading, altered: int, progress: Progress
+    corpus: CorpusSection, writer: CorpusWriter, reading: _Reading, altered: int, progress: Progress
 ) -> None:
     documents = sum(counts["documents"] for counts in writer.counts.values())
     tokens = sum(counts["tokens"] for counts in writer.counts.values())
@@ -158,7 +158,7 @@ def _say_result(
 class _Reading:
     """One pass over the files of a corpus, with what was left out counted."""
 
-    def __init__(self, corpus: CorpusConfig, on_error: str, progress: Progress | None = None) -> None:
+    def __init__(self, corpus: CorpusSection, on_error: str, progress: Progress | None = None) -> None:
         """`progress` is told of what is skipped; None where another pass over the same files tells it."""
         self._corpus = corpus
         self._on_error = on_error

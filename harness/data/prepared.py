@@ -11,7 +11,7 @@ import numpy as np
 
 from harness.config import HarnessError
 
-from .config import TOKENIZER_FOLDER, CorpusConfig, DataConfig
+from .config import TOKENIZER_FOLDER, CorpusSection, DataSection
 from .indexed import IndexedTokens
 from .record import find_difference, read_record
 from .sources import SourceFile
@@ -101,7 +101,7 @@ class Prepared:
         return lines
 
 
-def open_prepared(config: DataConfig) -> Prepared:
+def open_prepared(config: DataSection) -> Prepared:
     """What `prepare` left in `config.folder`, without looking at the sources, which need not be there.
 
     Raises HarnessError where something is missing, damaged, or made with other settings.
@@ -120,7 +120,7 @@ def open_prepared(config: DataConfig) -> Prepared:
     return Prepared(folder, tokenizer, corpora)
 
 
-def find_missing(config: DataConfig, files: dict[str, list[SourceFile]] | None) -> list[str]:
+def find_missing(config: DataSection, files: dict[str, list[SourceFile]] | None) -> list[str]:
     """What is yet to be prepared, in words; HarnessError where what is there differs from the configuration.
 
     `files` are the sources by corpus; None leaves them out of the comparison.
@@ -152,7 +152,7 @@ def find_missing(config: DataConfig, files: dict[str, list[SourceFile]] | None) 
     return missing
 
 
-def _open_written(corpus: CorpusConfig, folder: Path) -> dict[str, PreparedSplit]:
+def _open_written(corpus: CorpusSection, folder: Path) -> dict[str, PreparedSplit]:
     record: Any = read_record(folder / corpus.name)
     splits = {}
     for split in SPLITS:
@@ -171,7 +171,7 @@ def _open_written(corpus: CorpusConfig, folder: Path) -> dict[str, PreparedSplit
     return splits
 
 
-def _open_indexed(corpus: CorpusConfig, config: DataConfig, tokenizer: Tokenizer) -> dict[str, PreparedSplit]:
+def _open_indexed(corpus: CorpusSection, config: DataSection, tokenizer: Tokenizer) -> dict[str, PreparedSplit]:
     label = f"corpus {corpus.name!r}"
     assert corpus.indexed is not None
     prefix = str(Path(corpus.indexed).expanduser()).removesuffix(".bin").removesuffix(".idx")

@@ -11,7 +11,7 @@ from typing import Any
 
 from harness.config import HarnessError
 
-from .config import CorpusConfig
+from .config import CorpusSection
 from .sources import SourceFile
 from .streams import STREAM_ERRORS, open_stream
 
@@ -53,7 +53,7 @@ class Problem:
 
 
 def read_documents(
-    file: SourceFile, corpus: CorpusConfig, advance: Callable[[int], None]
+    file: SourceFile, corpus: CorpusSection, advance: Callable[[int], None]
 ) -> Iterator[Document | Problem]:
     """The documents of a file in order, empty ones included, with a Problem for each record that has none.
 
@@ -90,7 +90,7 @@ def _cut(text: str, max_bytes: int) -> Iterator[str]:
     yield data[start:].decode()
 
 
-def _read_text(file: SourceFile, corpus: CorpusConfig, advance: Callable[[int], None]) -> Iterator[str | Problem]:
+def _read_text(file: SourceFile, corpus: CorpusSection, advance: Callable[[int], None]) -> Iterator[str | Problem]:
     try:
         with open_stream(file, advance) as stream:
             data = stream.read()
@@ -109,7 +109,7 @@ def _read_text(file: SourceFile, corpus: CorpusConfig, advance: Callable[[int], 
         yield from (part for part in text.split(corpus.separator) if part)
 
 
-def _read_jsonl(file: SourceFile, corpus: CorpusConfig, advance: Callable[[int], None]) -> Iterator[str | Problem]:
+def _read_jsonl(file: SourceFile, corpus: CorpusSection, advance: Callable[[int], None]) -> Iterator[str | Problem]:
     number = 0
     try:
         with open_stream(file, advance) as stream:
@@ -155,7 +155,7 @@ def _encodable(text: str) -> str | _Bad:
     return text
 
 
-def _read_parquet(file: SourceFile, corpus: CorpusConfig, advance: Callable[[int], None]) -> Iterator[str | Problem]:
+def _read_parquet(file: SourceFile, corpus: CorpusSection, advance: Callable[[int], None]) -> Iterator[str | Problem]:
     parquet = import_parquet()
     import pyarrow
 

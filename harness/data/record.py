@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.config import HarnessError
 
-from .config import CorpusConfig, DataConfig
+from .config import CorpusSection, DataSection
 from .sources import SourceFile
 
 RECORD = "prepared.json"
@@ -17,7 +17,7 @@ FORMAT = 1
 """Raised when the same input would give other tokens or another split."""
 
 
-def text_settings(config: DataConfig, corpus: CorpusConfig) -> dict[str, Any]:
+def text_settings(config: DataSection, corpus: CorpusSection) -> dict[str, Any]:
     """The settings, sources and tokenizer aside, that decide which documents stand in which split."""
     return {
         "text_field": corpus.text_field,
@@ -77,8 +77,8 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 def find_difference(
     record: dict[str, Any],
-    config: DataConfig,
-    corpus: CorpusConfig,
+    config: DataSection,
+    corpus: CorpusSection,
     fingerprint: str,
     files: list[SourceFile] | None,
 ) -> str | None:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from harness.config import HarnessError
 
-from .config import CorpusConfig
+from .config import CorpusSection
 
 UNREADABLE = {
     ".json": "one JSON value a line is read as .jsonl; write it so",
@@ -46,7 +46,7 @@ class SourceFile:
         return self.size * (1 if self.compression == "none" and self.format != "parquet" else 4)
 
 
-def find_files(corpus: CorpusConfig) -> list[SourceFile]:
+def find_files(corpus: CorpusSection) -> list[SourceFile]:
     """The files of a corpus, each once, sorted by path. Raises HarnessError where an entry leads to none."""
     paths: set[str] = set()
     for entry in corpus.source:
@@ -69,7 +69,7 @@ def expand(entry: str, corpus_name: str) -> str:
     return os.path.expanduser(re.sub(r"\$\{([^}]*)\}", look_up, entry))
 
 
-def _files_of_entry(corpus: CorpusConfig, entry: str) -> list[str]:
+def _files_of_entry(corpus: CorpusSection, entry: str) -> list[str]:
     where = f"corpus {corpus.name!r}: source {entry!r}"
     path = expand(entry, corpus.name)
     if os.path.isdir(path):
@@ -90,12 +90,12 @@ def _files_of_entry(corpus: CorpusConfig, entry: str) -> list[str]:
     raise HarnessError(f"{where}: no such file or folder" + ("" if os.path.isabs(path) else f" (from {os.getcwd()})"))
 
 
-def _is_excluded(corpus: CorpusConfig, path: str, relative: str) -> bool:
+def _is_excluded(corpus: CorpusSection, path: str, relative: str) -> bool:
     names = [name.replace(os.sep, "/") for name in (relative, path, os.path.basename(path))]
     return any(fnmatchcase(name, pattern) for pattern in corpus.exclude for name in names)
 
 
-def _describe(corpus: CorpusConfig, name: str) -> SourceFile:
+def _describe(corpus: CorpusSection, name: str) -> SourceFile:
     path = Path(name)
     compression: Literal["none", "gzip", "zstd"] = "none"
     inner = path

@@ -13,7 +13,7 @@ from harness.config import HarnessError
 
 from .batch import Batch, make_batch
 from .blend import Blend
-from .config import DataConfig
+from .config import DataSection
 from .prepared import Prepared
 from .samples import CorpusSamples
 
@@ -44,7 +44,7 @@ class TokenStream:
     on a thread. One consumer at a time.
     """
 
-    def __init__(self, prepared: Prepared, config: DataConfig, *, seed: int) -> None:
+    def __init__(self, prepared: Prepared, config: DataSection, *, seed: int) -> None:
         """Raises HarnessError where a corpus's training split holds no whole sample."""
         prepared.require("train", config.sequence_length + 1)
         splits = [prepared.split(corpus.name, "train") for corpus in config.corpora]

@@ -14,7 +14,7 @@ import numpy as np
 
 from harness.config import HarnessError
 
-from .config import TokenizerConfig
+from .config import TokenizerSection
 
 DESCRIPTION = "description.json"
 END_OF_TEXT_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
@@ -143,7 +143,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
+def open_tokenizer(config: TokenizerSection) -> Tokenizer:
     """The tokenizer that a configuration names: raw bytes, or what lies at `path`."""
     if config.is_trained_here:
         raise ValueError("a tokenizer without a path is trained by `prepare`")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from harness.config import HarnessError
 
-from .config import TokenizerConfig
+from .config import TokenizerSection
 from .sentencepiece_tokenizer import SPACE, SentencePieceTokenizer
 
 PART_CHARACTERS = 1 << 16
@@ -51,7 +51,7 @@ class TrainingSample:
         return [part for _, part in sorted(self._parts, reverse=True)]
 
 
-def train_sentencepiece(texts: list[str], config: TokenizerConfig) -> SentencePieceTokenizer:
+def train_sentencepiece(texts: list[str], config: TokenizerSection) -> SentencePieceTokenizer:
     """A sentencepiece model of `config.vocab_size` pieces over `texts`.
 
     Nothing is lost in it: no normalisation, no added or removed spaces, and bytes for characters without a piece. Runs

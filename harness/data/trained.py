@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.config import HarnessError
 
-from .config import DataConfig
+from .config import DataSection
 from .record import compare_settings, text_settings
 from .sources import SourceFile
 from .tokenizer import Tokenizer
@@ -16,7 +16,7 @@ from .tokenizer import Tokenizer
 TRAINING = "training.json"
 
 
-def training_settings(config: DataConfig, files: dict[str, list[SourceFile]] | None) -> dict[str, Any]:
+def training_settings(config: DataSection, files: dict[str, list[SourceFile]] | None) -> dict[str, Any]:
     """What a tokenizer that is trained here comes out of; without `files`, its settings alone."""
     settings: dict[str, Any] = {
         "vocab_size": config.tokenizer.vocab_size,
@@ -36,7 +36,7 @@ def find_tokenizer_difference(
     folder: Path,
     found: Tokenizer,
     wanted: Tokenizer | None,
-    config: DataConfig,
+    config: DataSection,
     files: dict[str, list[SourceFile]] | None,
 ) -> str | None:
     """In words, how the tokenizer in a prepared folder differs from the configured one; None where it does not.

@@ -10,7 +10,7 @@ import torch
 
 from harness.callbacks import Score, score
 from harness.config import HarnessError
-from harness.data import DataConfig, EvaluationWindows, prepare
+from harness.data import DataSection, EvaluationWindows, prepare_for_training
 from harness.model import Decoder
 from harness.parallel import ParallelLayout, ParallelSection
 
@@ -18,14 +18,14 @@ from .config import EvaluateSection
 from .restore import restore
 
 
-def evaluate(target: Path, section: EvaluateSection, data: DataConfig, parallel: ParallelSection) -> dict[str, Any]:
+def evaluate(target: Path, section: EvaluateSection, data: DataSection, parallel: ParallelSection) -> dict[str, Any]:
     """Loss (nats a token), bits per byte, accuracy and counts, in all and by corpus.
 
     The data are those of `data`, which must have been tokenized with the run's tokenizer.
     """
     with ParallelLayout(parallel) as layout:
         restored = restore(target, step=section.step, device=layout.device)
-        prepared = prepare(data)
+        prepared = prepare_for_training(data)
         if prepared.tokenizer.fingerprint != restored.tokenizer.fingerprint:
             raise HarnessError(
                 f"{prepared.folder}: tokenized with another tokenizer than {restored.run_folder} was trained with"

@@ -52,8 +52,6 @@ def restore(target: Path, *, step: int | None = None, device: torch.device | str
     model = build_decoder(section, seed=0, device=device)
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     weights |= {name: weights[name][:rows] for name, rows in model.real_rows().items()}
-    fragments = [
-        Fragment.whole(name, "master", weight) for name, weight in weights.items()
-    ]
+    fragments = [Fragment.whole(name, "master", weight) for name, weight in weights.items()]
     store.load(step, into=fragments)
     return Restored(model.eval(), tokenizer, run_folder, step)

@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 from harness.callbacks import Callback, Score, TrainerView, Validation, evaluating
-from harness.data import DataConfig, text_bytes
+from harness.data import DataSection, text_bytes
 
 from .baselines import gzip_bits_per_byte, order2_bits_per_byte
 from .config import GenerateSection, SummarySection
@@ -22,7 +22,7 @@ class Summary(Callback):
 
     name = "summary"
 
-    def __init__(self, section: SummarySection, data: DataConfig, validation: Validation) -> None:
+    def __init__(self, section: SummarySection, data: DataSection, validation: Validation) -> None:
         self.section, self.data, self.validation = section, data, validation
 
     def after_training(self, trainer: TrainerView) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.data import DataConfig, Prepared, Progress, prepare
+from harness.data import DataSection, Prepared, Progress, prepare
 from tests.data.helpers import write_jsonl
 
 
@@ -26,10 +26,10 @@ def quiet() -> Progress:
 
 
 @pytest.fixture
-def make_config(tmp_path: Path) -> Callable[..., DataConfig]:
+def make_config(tmp_path: Path) -> Callable[..., DataSection]:
     """A configuration with raw bytes in tmp_path/prepared; keywords replace fields."""
 
-    def make(**fields: Any) -> DataConfig:
+    def make(**fields: Any) -> DataSection:
         defaults: dict[str, Any] = {
             "folder": str(tmp_path / "prepared"),
             "tokenizer": {"kind": "bytes"},
@@ -38,15 +38,15 @@ def make_config(tmp_path: Path) -> Callable[..., DataConfig]:
             "test_share": 0.1,
             "workers": 1,
         }
-        return DataConfig.model_validate(defaults | fields)
+        return DataSection.model_validate(defaults | fields)
 
     return make
 
 
 @pytest.fixture
 def make_prepared(
-    tmp_path: Path, make_config: Callable[..., DataConfig], quiet: Progress
-) -> Callable[..., tuple[DataConfig, Prepared]]:
+    tmp_path: Path, make_config: Callable[..., DataSection], quiet: Progress
+) -> Callable[..., tuple[DataSection, Prepared]]:
     """Corpora of the given documents, prepared."""
 
     def make(corpora: dict[str, list[str]], weights: dict[str, float] | None = None, **fields: Any) -> Any:

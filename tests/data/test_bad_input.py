@@ -13,11 +13,11 @@ import pytest
 import zstandard
 
 from harness.config import ConfigError, HarnessError, validate
-from harness.data import DataConfig, EvaluationWindows, Progress, TokenStream, prepare, text_bytes
+from harness.data import DataSection, EvaluationWindows, Progress, TokenStream, prepare, text_bytes
 from harness.data.splits import SPLITS
 from tests.data.helpers import random_documents, write_jsonl
 
-MakeConfig = Callable[..., DataConfig]
+MakeConfig = Callable[..., DataSection]
 GOOD = b'{"text": "fine"}\n'
 STOP = "; mend or exclude it, or set data.on_error=skip to leave such records out"
 
@@ -262,7 +262,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("values", "line"), CONFIGS)
 def test_bad_settings(values: dict[str, Any], line: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        validate(DataConfig, values, "f")
+        validate(DataSection, values, "f")
     assert str(caught.value) == line
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from harness.config import HarnessError
-from harness.data import IGNORED, Batch, DataConfig, EvaluationWindows, Prepared, text_bytes
+from harness.data import IGNORED, Batch, DataSection, EvaluationWindows, Prepared, text_bytes
 from harness.data.batch import make_batch
 from tests.data.helpers import random_documents
 
-MakePrepared = Callable[..., tuple[DataConfig, Prepared]]
+MakePrepared = Callable[..., tuple[DataSection, Prepared]]
 
 
 def expected_windows(flat: list[int], length: int) -> list[tuple[list[int], list[int]]]:

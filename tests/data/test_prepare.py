@@ -20,15 +20,15 @@ import pytest
 import zstandard
 
 from harness.config import HarnessError
-from harness.data import DataConfig, Prepared, Progress, open_prepared, prepare, text_bytes
+from harness.data import DataSection, Prepared, Progress, open_prepared, prepare, text_bytes
 from harness.data.encoding import BYTES_PER_WORKER, choose_workers
 from harness.data.progress import LINE_SECONDS
 from harness.data.splits import SPLITS
 from harness.data.writer import PARTIAL, CorpusWriter
 from tests.data.helpers import random_documents, random_text, write_jsonl
 
-MakeConfig = Callable[..., DataConfig]
-MakePrepared = Callable[..., tuple[DataConfig, Prepared]]
+MakeConfig = Callable[..., DataSection]
+MakePrepared = Callable[..., tuple[DataSection, Prepared]]
 
 
 def expected_split(text: str, validation: float = 0.2, test: float = 0.1) -> str:
@@ -228,7 +228,7 @@ def test_skipping_counts_and_says_what_it_left_out(
         open_prepared(config.model_copy(update={"on_error": "stop"}))
 
 
-def _run_and_kill(config: DataConfig, when: str, pids: Path) -> None:
+def _run_and_kill(config: DataSection, when: str, pids: Path) -> None:
     """In a forked child: SIGKILL itself in the middle of preparing."""
 
     def die(*_: Any) -> None:

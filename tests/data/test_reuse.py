@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from harness.config import HarnessError
-from harness.data import DataConfig, Progress, open_prepared, prepare, prepare_for_training
+from harness.data import DataSection, Progress, open_prepared, prepare, prepare_for_training
 from harness.data.writer import locked
 from tests.data.helpers import random_documents, write_jsonl
 
-MakeConfig = Callable[..., DataConfig]
+MakeConfig = Callable[..., DataSection]
 
 
 def stamps(folder: Path) -> dict[str, int]:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from harness.data import CorpusConfig
+from harness.data import CorpusSection
 from harness.data.sources import expand, find_files
 
 
 def names(folder: Path, **fields: object) -> list[str]:
-    corpus = CorpusConfig.model_validate({"name": "x", **fields})
+    corpus = CorpusSection.model_validate({"name": "x", **fields})
     return [str(file.path.relative_to(folder)) for file in find_files(corpus)]
 
 
@@ -44,7 +44,7 @@ def test_formats_by_ending(tmp_path: Path) -> None:
     }
     for name in endings:
         (tmp_path / name).write_bytes(b"1234")
-    found = find_files(CorpusConfig(name="x", source=(f"{tmp_path}/*",)))
+    found = find_files(CorpusSection(name="x", source=(f"{tmp_path}/*",)))
     assert {file.path.name: (file.format, file.compression) for file in found} == endings
     assert {file.size for file in found} == {4}
 
@@ -56,6 +56,6 @@ def test_expansion(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # A relative path is relative to the working directory.
     (tmp_path / "a.txt").write_text("text")
     monkeypatch.chdir(tmp_path)
-    assert [file.path for file in find_files(CorpusConfig(name="x", source=("a.txt",)))] == [Path("a.txt")]
-    package = CorpusConfig(name="x", source=("${sysconfig:stdlib}/json",), suffixes=(".py",))
+    assert [file.path for file in find_files(CorpusSection(name="x", source=("a.txt",)))] == [Path("a.txt")]
+    package = CorpusSection(name="x", source=("${sysconfig:stdlib}/json",), suffixes=(".py",))
     assert f"{sysconfig.get_path('stdlib')}/json/decoder.py" in [str(file.path) for file in find_files(package)]

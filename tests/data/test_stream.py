@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from harness.config import HarnessError
-from harness.data import IGNORED, Batch, DataConfig, Prepared, Progress, TokenStream, prepare
+from harness.data import IGNORED, Batch, DataSection, Prepared, Progress, TokenStream, prepare
 from harness.data.batch import make_batch
 from harness.data.blend import FIRST_SIZE, Blend
 from harness.data.prepared import PreparedSplit
@@ -23,13 +23,13 @@ from harness.data.samples import CorpusSamples
 from harness.data.stream import _take
 from tests.data.helpers import random_documents
 
-MakeConfig = Callable[..., DataConfig]
-MakePrepared = Callable[..., tuple[DataConfig, Prepared]]
+MakeConfig = Callable[..., DataSection]
+MakePrepared = Callable[..., tuple[DataSection, Prepared]]
 NO_SPLIT = {"validation_share": 0.0, "test_share": 0.0}
 
 
 @contextmanager
-def streaming(prepared: Prepared, config: DataConfig, seed: int = 1) -> Iterator[TokenStream]:
+def streaming(prepared: Prepared, config: DataSection, seed: int = 1) -> Iterator[TokenStream]:
     stream = TokenStream(prepared, config, seed=seed)
     try:
         yield stream
@@ -53,14 +53,14 @@ def same(left: list[Batch], right: list[Batch]) -> bool:
 
 
 @pytest.fixture
-def blended(make_prepared: MakePrepared, rng: np.random.Generator) -> tuple[DataConfig, Prepared]:
+def blended(make_prepared: MakePrepared, rng: np.random.Generator) -> tuple[DataSection, Prepared]:
     """Three small corpora, several epochs of which pass in a test, with document masking."""
     corpora = {name: random_documents(rng, count) for name, count in (("a", 20), ("b", 9), ("c", 30))}
     weights = {"a": 0.5, "b": 0.3, "c": 0.2}
     return make_prepared(corpora, weights, document_masking=True, mask_after_end_of_text=True, **NO_SPLIT)
 
 
-def test_resumed_at_any_step_bit_for_bit(blended: tuple[DataConfig, Prepared], rng: np.random.Generator) -> None:
+def test_resumed_at_any_step_bit_for_bit(blended: tuple[DataSection, Prepared], rng: np.random.Generator) -> None:
     config, prepared = blended
     with streaming(prepared, config) as stream:
         stream.skip(100, 117)
@@ -84,7 +84,7 @@ def test_resumed_at_any_step_bit_for_bit(blended: tuple[DataConfig, Prepared], r
         assert not same(stream.read(12, 3), steps[0])
 
 
-def test_order_is_independent_of_batch_size_and_layout(blended: tuple[DataConfig, Prepared]) -> None:
+def test_order_is_independent_of_batch_size_and_layout(blended: tuple[DataSection, Prepared]) -> None:
     config, prepared = blended
     with streaming(prepared, config) as stream:
         expected = read_samples(stream, *[1] * 96)
@@ -191,7 +191,7 @@ def test_blend_table(rng: np.random.Generator) -> None:
         assert np.array_equal(after[place], direct[place])
 
 
-def test_skipped_windows(blended: tuple[DataConfig, Prepared], rng: np.random.Generator) -> None:
+def test_skipped_windows(blended: tuple[DataSection, Prepared], rng: np.random.Generator) -> None:
     config, prepared = blended
     with streaming(prepared, config) as stream:
         everything = read_samples(stream, 80)
@@ -213,7 +213,7 @@ def test_skipped_windows(blended: tuple[DataConfig, Prepared], rng: np.random.Ge
             assert _take(start, count, windows).tolist() == numbers[:count]
 
 
-def test_bad_states_and_sizes(blended: tuple[DataConfig, Prepared]) -> None:
+def test_bad_states_and_sizes(blended: tuple[DataSection, Prepared]) -> None:
     config, prepared = blended
     with streaming(prepared, config) as stream:
         bad_states: list[dict[str, Any]] = [
@@ -235,7 +235,7 @@ def test_bad_states_and_sizes(blended: tuple[DataConfig, Prepared]) -> None:
 
 
 def test_errors_of_the_reading_thread_arrive(
-    blended: tuple[DataConfig, Prepared], monkeypatch: pytest.MonkeyPatch
+    blended: tuple[DataSection, Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, prepared = blended
     read = CorpusSamples.read
@@ -327,7 +327,7 @@ def test_existing_megatron_dataset(
     prepare(config.model_copy(update={"document_masking": False}), progress=quiet)
 
 
-def test_in_a_process_group(blended: tuple[DataConfig, Prepared], tmp_path: Path) -> None:
+def test_in_a_process_group(blended: tuple[DataSection, Prepared], tmp_path: Path) -> None:
     """megatron-core takes other branches where torch.distributed is up; the samples are the same."""
     config, prepared = blended
     with streaming(prepared, config) as stream:

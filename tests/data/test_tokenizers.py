@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from harness.config import HarnessError
-from harness.data import Tokenizer, TokenizerConfig, load_tokenizer, open_tokenizer
+from harness.data import Tokenizer, TokenizerSection, load_tokenizer, open_tokenizer
 from harness.data.byte_tokenizer import ByteTokenizer
 from harness.data.encoding import PIECE_CHARACTERS, encode_texts
 from harness.data.huggingface_tokenizer import HuggingFaceTokenizer
@@ -62,11 +62,11 @@ def byte_level_bpe() -> bytes:
 
 @pytest.fixture(scope="module")
 def tokenizers_by_kind() -> dict[str, Tokenizer]:
-    small = TokenizerConfig(vocab_size=500)
+    small = TokenizerSection(vocab_size=500)
     return {
         "bytes": ByteTokenizer(),
         "bpe": train_sentencepiece(TRAINING, small),
-        "unigram": train_sentencepiece(TRAINING, TokenizerConfig(vocab_size=400, model_type="unigram")),
+        "unigram": train_sentencepiece(TRAINING, TokenizerSection(vocab_size=400, model_type="unigram")),
         "huggingface": HuggingFaceTokenizer(byte_level_bpe()),
     }
 
@@ -110,7 +110,7 @@ def test_saved_tokenizer_is_the_same(tokenizers_by_kind: dict[str, Tokenizer], k
     fingerprints = {other.fingerprint for other in tokenizers_by_kind.values()}
     assert len(fingerprints) == len(tokenizers_by_kind)
     if tokenizer.file_name is not None:
-        config = TokenizerConfig(kind=tokenizer.kind, path=str(tmp_path / "t" / tokenizer.file_name))
+        config = TokenizerSection(kind=tokenizer.kind, path=str(tmp_path / "t" / tokenizer.file_name))
         assert open_tokenizer(config).fingerprint == tokenizer.fingerprint
         changed = (
             tokenizer.definition + b"\n" if kind == "huggingface" else tokenizer.definition.replace(b"self", b"sulf")
@@ -121,14 +121,14 @@ def test_saved_tokenizer_is_the_same(tokenizers_by_kind: dict[str, Tokenizer], k
 
 
 def test_trained_model_is_short_on_code_and_deterministic(rng: np.random.Generator) -> None:
-    config = TokenizerConfig(vocab_size=500)
+    config = TokenizerSection(vocab_size=500)
     first, second = (train_sentencepiece(TRAINING, config) for _ in range(2))
     assert first.definition == second.definition
     assert first.end_of_text == "<|endoftext|>"
     ids = first.encode("        return self.other")
     assert first.decode([ids[0]]).strip(" ") in ("", "return")  # the indentation is one token
     assert len(first.decode([ids[0]])) >= 7
-    unigram = TokenizerConfig(vocab_size=400, model_type="unigram")
+    unigram = TokenizerSection(vocab_size=400, model_type="unigram")
     assert train_sentencepiece(TRAINING, unigram).definition == train_sentencepiece(TRAINING, unigram).definition
     # The sample does not depend on the order of documents, and respects its limit.
     lengths = rng.choice([5, 50, 4000], 60)  # where a long one has made way, a short one would fit
@@ -212,7 +212,7 @@ def test_special_tokens_in_text_are_text() -> None:
 
 def test_long_documents_are_encoded_in_pieces(rng: np.random.Generator) -> None:
     text = "".join(f"line {n} of a long document\n" for n in range(80_000)) + "x" * (PIECE_CHARACTERS + 5)
-    tokenizer = train_sentencepiece(TRAINING, TokenizerConfig(vocab_size=400))
+    tokenizer = train_sentencepiece(TRAINING, TokenizerSection(vocab_size=400))
     short = random_documents(rng, 3)
     batch = encode_texts(tokenizer, [short[0], text, short[1]])
     assert len(text) > 3 * PIECE_CHARACTERS
