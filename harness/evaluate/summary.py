@@ -6,6 +6,8 @@ import json
 import logging
 from typing import Any
 
+import torch
+
 from harness.callbacks import Callback, Score, TrainerView, Validation, evaluating
 from harness.data import DataSection, text_bytes
 
@@ -38,9 +40,10 @@ class Summary(Callback):
         if self.section.baselines:
             summary |= self._baselines(trainer)
         if self.section.prompt is not None:
-            options = GenerateSection(prompt=self.section.prompt, max_tokens=self.section.tokens, temperature=0.0)
+            options = GenerateSection(prompt=self.section.prompt, max_tokens=self.section.tokens, temperature=0.5)
             with evaluating(trainer.model):
-                summary["completion"] = complete(trainer.model, trainer.prepared.tokenizer, options)
+                generator = torch.Generator().manual_seed(options.seed)
+                summary["completion"] = complete(trainer.model, trainer.prepared.tokenizer, options, generator)
         path = trainer.run.path / "summary.json"
         path.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for line in self._lines(summary, trainer):
@@ -71,7 +74,7 @@ class Summary(Callback):
                 f"    gzip -9            {summary['gzip_bits_per_byte']:.3f}",
             ]
         if "completion" in summary:
-            lines.append("  greedy completion of the prompt, which ends at the bar:")
+            lines.append("  a completion (temperature 0.5); the prompt ends at the bar:")
             text = f"{self.section.prompt}|{summary['completion']}"
             lines += [f"    {line}" for line in text.splitlines()]
         return [
