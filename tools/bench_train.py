@@ -178,7 +178,9 @@ def build_settings(shape: str) -> Settings:
         [
             *(model if shape == "gpt2-small-width" else [f"model.shape={shape}"]),
             f"model.tied_head={'true' if family == 'gpt2' else 'false'}",
+            "data.sequence_length=256",
             "train.steps=1000000",
+            "train.global_batch_size=8",
             "train.micro_batch_size=4",
             "schedule.kind=constant",
             "schedule.decay_steps=null",

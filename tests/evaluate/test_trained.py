@@ -126,9 +126,11 @@ def test_sampling_follows_the_distribution_it_was_asked_for(run: tuple[Path, Set
 def test_generation_stops_at_the_models_last_position(run: tuple[Path, Settings]) -> None:
     restored = restore(run[0])
     section = GenerateSection(prompt="the of", max_tokens=500, temperature=1.5)
+    lengths = []
     for seed in range(5):
         text = complete(restored.model, restored.tokenizer, section, torch.Generator().manual_seed(seed))
-        assert len(restored.tokenizer.encode(text)) <= 32 + 1 - 6
+        lengths.append(len(text))  # a byte a token; bytes that are no character make fewer characters
+    assert 10 < max(lengths) <= 32 + 1 - len("the of")
 
 
 def test_the_verbs_print_what_the_functions_return(
