@@ -34,10 +34,9 @@ def tokenize(target: str, overrides: Sequence[str]) -> None:
     from harness.data import prepare
     from harness.runs import configure_logging
 
-    settings = load_settings(target, [*overrides, "data.prepare=auto"])
-    configure_logging(None)
-    prepared = prepare(settings.data)
-    print(prepared.folder)
+    settings = load_settings(target, overrides)
+    configure_logging()
+    print("\n".join(prepare(settings.data).summary()))
 
 
 def train(target: str, overrides: Sequence[str]) -> None:

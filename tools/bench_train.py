@@ -193,6 +193,12 @@ def build_settings(shape: str) -> Settings:
     return settings.resolved(settings.data.tokenizer.vocab_size)
 
 
+def cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["ladder-1.5m", "gpt2-small-width"])
@@ -218,13 +224,13 @@ def main() -> None:
         print(json.dumps(results[-1]["ratio_of_tokens_per_cpu_second"], indent=2), flush=True)
     packages = ("torch", "transformers", "megatron-core", "numpy")
     machine = {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu_model(),
         "cores": torch.get_num_threads(),
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in packages},
     }
     document = {
-        "command": f"python tools/bench_train.py {' '.join(sys.argv[1:])}",
+        "command": f"python tools/bench_train.py --rounds {arguments.rounds} --steps {arguments.steps}",
         "machine": machine,
         "results": results,
     }

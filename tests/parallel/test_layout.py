@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from harness.config import HarnessError
-from harness.parallel import ParallelLayout, ParallelSection, derive_seed, peak_flops
+from harness.parallel import ParallelLayout, ParallelSection, derive_seed, memory_bytes, peak_flops
 
 
 def test_seeds_differ_by_every_part_and_not_by_process() -> None:
@@ -37,6 +37,21 @@ def test_many_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "2")
     with pytest.raises(HarnessError, match="rank 2: started with 4 processes"):
         ParallelLayout(ParallelSection(device="cpu"))
+
+
+def test_memory_is_this_process_own_and_a_maximum() -> None:
+    """Not inherited from a parent with a larger one, and not lowered by what is freed."""
+    held = torch.ones(100 * 2**20 // 4)
+    program = (
+        "import torch; from harness.parallel import memory_bytes; cpu = torch.device('cpu'); a = memory_bytes(cpu); "
+        "x = torch.ones(50 * 2**20); b = memory_bytes(cpu); del x; print(a, b, memory_bytes(cpu))"
+    )
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    before, most, after = map(int, printed.split())
+    assert 190 * 2**20 < most - before < 230 * 2**20
+    assert after > most - 2**20, "the kernel counts pages in batches"
+    assert held.sum() > 0
+    assert memory_bytes(torch.device("cpu")) > 100 * 2**20
 
 
 def test_the_measured_peak_is_a_rate_of_this_machine() -> None:
