@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
+import shutil
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +20,9 @@ from .config import GenerateSection, SummarySection
 from .generate import complete
 
 logger = logging.getLogger("harness.summary")
+
+BASELINE_BYTES = 64 << 20
+"""Training text that the order-2 model counts, at most: 65,536 contexts are well known long before that."""
 
 
 class Summary(Callback):
@@ -53,14 +60,19 @@ class Summary(Callback):
         """On the whole validation text, which is also what a validation without a limit reads."""
         corpora = list(self.validation.last)
         held_out = [text for corpus in corpora for text in text_bytes(trainer.prepared, corpus, "validation")]
-        training = (text for corpus in corpora for text in text_bytes(trainer.prepared, corpus, "train"))
+        training = [
+            text
+            for corpus in corpora
+            for text in text_bytes(trainer.prepared, corpus, "train", BASELINE_BYTES // len(corpora))
+        ]
         return {
             "order2_bits_per_byte": order2_bits_per_byte(training, held_out),
+            "order2_training_bytes": sum(map(len, training)),
             "gzip_bits_per_byte": gzip_bits_per_byte(held_out),
         }
 
     def _lines(self, summary: dict[str, Any], trainer: TrainerView) -> list[str]:
-        folder = trainer.run.path
+        folder, harness = trainer.run.path, find_program("harness")
         lines = [
             "",
             f"done: {trainer.step} steps",
@@ -70,7 +82,8 @@ class Summary(Callback):
         ]
         if "order2_bits_per_byte" in summary:
             lines += [
-                f"    order-2 byte model {summary['order2_bits_per_byte']:.3f}   (counted on all training text)",
+                f"    order-2 byte model {summary['order2_bits_per_byte']:.3f}   "
+                f"(counted on {summary['order2_training_bytes']:,} bytes of training text)",
                 f"    gzip -9            {summary['gzip_bits_per_byte']:.3f}",
             ]
         if "completion" in summary:
@@ -80,8 +93,24 @@ class Summary(Callback):
         return [
             *lines,
             "next:",
-            f"  tensorboard --logdir {folder / 'tensorboard'}",
-            f"  harness generate {folder} 'generate.prompt=def main('",
-            f"  harness evaluate {folder}",
-            f"  harness train {folder} train.steps={2 * trainer.total_steps}   # resumes, and goes on",
+            f"  {find_program('tensorboard')} --logdir {quoted(folder / 'tensorboard')}",
+            f"  {harness} generate {quoted(folder)} 'generate.prompt=def main('",
+            f"  {harness} evaluate {quoted(folder)}",
+            f"  {harness} train {quoted(folder)} train.steps={2 * trainer.total_steps}   # resumes, and goes on",
         ]
+
+
+def find_program(name: str) -> str:
+    """How a shell here starts a program of this environment: its name if it is on the path, else where it lies."""
+    if shutil.which(name) is not None:
+        return name
+    beside = Path(sys.executable).with_name(name)
+    if not beside.exists():
+        return name
+    inside = beside.is_relative_to(Path.cwd())
+    return quoted(beside.relative_to(Path.cwd()) if inside else beside)
+
+
+def quoted(path: Path) -> str:
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))
