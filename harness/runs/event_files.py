@@ -12,6 +12,25 @@ from pathlib import Path
 from typing import Any
 
 
+SPEED = {
+    "tokens_per_second",
+    "step_seconds",
+    "data_wait_seconds",
+    "model_flops_per_second",
+    "utilisation",
+    "memory_bytes",
+}
+
+
+def tag_of(column: str) -> str:
+    """A column's name in TensorBoard, which groups by what stands before the slash: speed/, train/, validation/."""
+    if column.startswith("validation_"):
+        return column.replace("_", "/", 1)
+    if column in SPEED:
+        return f"speed/{column}"
+    return column if "/" in column else f"train/{column}"
+
+
 class EventFileWriter:
     """A new event file in `folder`, after all that are there; what they say of steps from `first_step` on is void."""
 
@@ -39,7 +58,7 @@ class EventFileWriter:
 
         summary = summary_pb2.Summary()
         for name, value in values.items():
-            summary.value.add(tag=name, simple_value=value)
+            summary.value.add(tag=tag_of(name), simple_value=value)
         self._write(step=step, summary=summary)
 
     def close(self) -> None:

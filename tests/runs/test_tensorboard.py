@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from harness.runs import RunFolder, read
-from harness.runs.event_files import existing_files
+from harness.runs.event_files import existing_files, tag_of
 
 
 def assert_view_equals_record(path: Path) -> None:
@@ -24,10 +24,10 @@ def assert_view_equals_record(path: Path) -> None:
     server = ServerAccumulator(str(path / "tensorboard"), size_guidance={"tensors": 0})
     scripts.Reload()
     server.Reload()
-    tags = sorted(name for name in run.columns if name != "step")
-    assert sorted(scripts.Tags()["scalars"]) == sorted(server.Tags()["tensors"]) == tags
-    for tag in tags:
-        record = {line["step"]: line[tag] for line in run.metrics if tag in line}
+    tags = {tag_of(name): name for name in run.columns if name != "step"}
+    assert sorted(scripts.Tags()["scalars"]) == sorted(server.Tags()["tensors"]) == sorted(tags)
+    for tag, column in tags.items():
+        record = {line["step"]: line[column] for line in run.metrics if column in line}
         rounded = np.array([*record.values()], dtype=np.float64).astype(np.float32)
         events = scripts.Scalars(tag)
         assert [event.step for event in events] == list(record)
@@ -42,7 +42,7 @@ def log_steps(run: RunFolder, first: int, last: int) -> None:
     for step in range(first, last + 1):
         record = {"loss": float(rng.normal()), "tokens": 2**50 + step}
         if step % 5 == 0:
-            record["validation/loss"] = math.nan if step == 5 else float(rng.normal())
+            record["validation_loss"] = math.nan if step == 5 else float(rng.normal())
         run.log_metrics(step, record)
 
 
@@ -80,3 +80,14 @@ def test_view_that_begins_late_has_the_whole_record(tmp_path: Path) -> None:
         run.begin("a: 1", resume_at=6)
         log_steps(run, 7, 8)
     assert_view_equals_record(tmp_path)
+
+
+def test_columns_are_grouped() -> None:
+    names = {
+        "loss": "train/loss",
+        "tokens_per_second": "speed/tokens_per_second",
+        "validation_loss": "validation/loss",
+        "validation_loss/books": "validation/loss/books",
+        "mine/column": "mine/column",
+    }
+    assert {name: tag_of(name) for name in names} == names
