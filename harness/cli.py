@@ -43,6 +43,10 @@ def train(target: str, overrides: Sequence[str]) -> None:
     """train, or go on training, a model"""
     from harness.train import train as run
 
+    if Path(target).parent.name == "checkpoints":
+        raise ConfigError(
+            f"{target}: a run goes on from its newest checkpoint; give the run folder, {Path(target).parents[1]}"
+        )
     run(load_settings(target, overrides))
 
 
@@ -82,11 +86,18 @@ VERBS: dict[str, Verb] = {
 
 
 def load_settings(target: str, overrides: Sequence[str]) -> Settings:
-    """The settings of a YAML file, of a run or checkpoint folder, or of an embedded configuration (`quickstart`)."""
+    """The settings of a YAML file, of a run or checkpoint folder, or of an embedded configuration (`quickstart`).
+
+    A run folder's settings mean that folder, wherever it was moved to.
+    """
     from harness.config import load_config
     from harness.settings import Settings
 
-    return load_config(Settings, config_file(target), overrides, label=target)
+    file = config_file(target)
+    if Path(target).is_dir():
+        place = file.parent.resolve()
+        overrides = [f"run.folder={place.parent}", f"run.name={place.name}", *overrides]
+    return load_config(Settings, file, overrides, label=target)
 
 
 def config_file(target: str) -> Path:

@@ -93,9 +93,9 @@ class Trainer:
         self.validation = Validation(settings.validation, settings.data)
         self.callbacks: list[Callback] = [
             self.validation,
-            Saving(settings.checkpoint),
             Summary(settings.summary, settings.data, self.validation),
             *callbacks,
+            Saving(settings.checkpoint),  # last, so that a checkpoint has what the others did in this step
         ]
         self._flops_per_token = flops_per_token(settings.model, settings.data.sequence_length)
         dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
@@ -132,6 +132,7 @@ class Trainer:
         """One optimizer step; its record."""
         started = time.perf_counter()
         step, train = self.step + 1, self.settings.train
+        first_sample = self.stream.consumed_samples
         batches = self.stream.read(
             train.global_batch_size, train.micro_batch, self.layout.data_rank, self.layout.data_size
         )
@@ -148,7 +149,7 @@ class Trainer:
         rate = learning_rate(self.settings.schedule, self.settings.optimizer.learning_rate, step, self.total_steps)
         # The one wait for the device in a step: whether to take the step is decided here, before anything changes.
         loss, norm = torch.stack([loss_sum / tokens, self.engine.grad_norm()]).tolist()
-        self._check_finite(step, loss, norm)
+        self._check_finite(step, first_sample, loss, norm)
         if self.settings.optimizer.clip_norm is not None:
             self.engine.clip(self.settings.optimizer.clip_norm)
         self.engine.step(rate)
@@ -179,13 +180,13 @@ class Trainer:
         self.engine.backward(loss, tokens)
         return loss.detach()
 
-    def _check_finite(self, step: int, loss: float, norm: float) -> None:
+    def _check_finite(self, step: int, first_sample: int, loss: float, norm: float) -> None:
         for what, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
                 raise NonFiniteError(
                     f"step {step}: the {what} is {value}; stopped before the optimizer step, so weights are those of "
-                    f"step {step - 1}. Lower optimizer.learning_rate, or look at the samples from "
-                    f"{(step - 1) * self.settings.train.global_batch_size} on"
+                    f"step {step - 1}. Lower optimizer.learning_rate, or look at samples {first_sample} to "
+                    f"{self.stream.consumed_samples - 1} of the stream"
                 )
 
     # ---- saving and starting ---------------------------------------------------------------------------------------

@@ -91,6 +91,7 @@ TARGETS: list[tuple[tuple[str, ...], str]] = [
     ),
     (("train", "{t}/gone.yaml"), "{t}/gone.yaml: no such file"),
     (("train", "{t}"), "{t}: a folder without config.yaml; give a YAML file or a run folder"),
+    (("train", "{t}/runs/small/checkpoints/step-00000002"), "{t}/runs/small/checkpoints/step-00000002: a run goes on"),
     (("config", "{t}/small.yaml", "data.corpora=[]"), "command line: data.corpora: is empty: name at least one corpus"),
     (("generate", "{t}/runs/small", "generate.step=3"), "{t}/runs/small/checkpoints: has no step 3; steps there: 2, 4"),
     (

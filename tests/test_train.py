@@ -12,6 +12,7 @@ import torch
 
 from harness import runs
 from harness.callbacks import Callback, TrainerView
+from harness.cli import main
 from harness.config import HarnessError
 from harness.settings import Settings
 from harness.train import NonFiniteError, train
@@ -27,15 +28,15 @@ class Killed(BaseException):
 
 
 class KillAfter(Callback):
-    """Ends the run right after a step's checkpoint, as a kill would."""
+    """Ends the run some time after a step, before the next one is recorded, as a kill would."""
 
     name = "kill"
 
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def after_record(self, trainer: TrainerView, record: dict[str, Any]) -> None:
-        if trainer.step == self.step:
+    def after_step(self, trainer: TrainerView, record: dict[str, Any]) -> None:
+        if trainer.step == self.step + 1:
             raise Killed
 
 
@@ -259,3 +260,37 @@ def test_recomputation_in_the_loop_changes_no_loss(tmp_path: Path) -> None:
         results.append([record["loss"] for record in series(train(settings).folder)])
     assert results[0] == pytest.approx(results[1], rel=1e-6)
     assert results[0] == pytest.approx(results[2], rel=1e-6)
+
+
+def test_a_moved_run_folder_goes_on_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = small_settings(tmp_path, schedule={"kind": "constant"}, train={"steps": 3}, run={"folder": "runs"})
+    folder = train(settings).folder
+    moved = folder.rename(tmp_path / "moved run")
+    assert main(["train", "moved run", "train.steps=5"]) == 0
+    assert [record["step"] for record in runs.read(moved).metrics] == [1, 2, 3, 4, 5]
+    assert not folder.exists()
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def settings(name: str, steps: int) -> Settings:
+        return small_settings(
+            tmp_path,
+            run={"name": name},
+            schedule={"kind": "constant"},
+            train={"steps": steps},
+            checkpoint={"every_steps": 2},
+        )
+
+    whole = series(train(settings("whole", 8)).folder)
+    folder = train(settings("damaged", 6)).folder
+    shard = folder / "checkpoints" / "step-00000006" / "tensors-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    caplog.clear()
+    train(settings("damaged", 8))
+    assert any(str(shard) in record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert series(folder) == whole

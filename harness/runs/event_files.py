@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-
 SPEED = {
     "tokens_per_second",
     "step_seconds",
