@@ -93,18 +93,22 @@ class Decoder(nn.Module):
         """The final norm's output (batch, sequence, hidden).
 
         positions (batch, sequence): None counts from 0 (from the cache's length). document_ids (batch, sequence): a
-        token attends only to earlier tokens of its own document; None: to all earlier ones.
+        token attends only to earlier tokens of its own document; None: to all earlier ones. caches: one a layer,
+        extended by these tokens; not together with document_ids.
         """
+        start, length = caches[0].length if caches else 0, tokens.shape[1]
         if positions is None:
-            start = caches[0].length if caches else 0
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+            positions = torch.arange(start, start + length, device=tokens.device)[None]
         x = self.token_embedding(tokens)
         rotation = None
         if self.section.positions == "learned":
             x = x + self.position_embedding(positions)
         else:
             rotation = rotation_tables(positions, self.section.head_width, self.section.rope_theta, x.dtype)
-        context = AttentionContext(rotation, None if document_ids is None else document_mask(document_ids))
+        mask = None if document_ids is None else document_mask(document_ids)
+        if start > 0 and length > 1:  # several new tokens: each sees what is cached, and the new ones up to itself
+            mask = tokens.new_ones((length, start + length), dtype=torch.bool).tril(start)[None, None]
+        context = AttentionContext(rotation, mask)
         x = self.dropout(x)
         for number, block in enumerate(self.layers):
             if caches is not None:

@@ -59,6 +59,19 @@ def gradients(model: Decoder, tokens: Tensor, targets: Tensor, **options: object
     return loss.detach(), {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
+@pytest.mark.parametrize("sequence", [1, 2, 3])
+def test_no_token_sees_a_later_one(sequence: int) -> None:
+    section = SECTIONS["llama-gqa-tied"]
+    model = random_model(section)
+    tokens = draw_tokens(section, 2, sequence)
+    changed = tokens.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % section.vocab_size
+    with torch.no_grad():
+        before, after = model.logits(tokens), model.logits(changed)
+    assert torch.equal(before[:, :-1], after[:, :-1])
+    assert not torch.equal(before[:, -1], after[:, -1])
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama-gqa-tied"])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputation_changes_nothing(family: str, recompute: str) -> None:
@@ -121,7 +134,7 @@ def test_cached_generation_sees_what_a_whole_pass_sees(family: str) -> None:
     tokens = draw_tokens(section, 2, 23)
     caches = [KeyValueCache(2, 23, section, model.token_embedding.weight) for _ in model.layers]
     with torch.no_grad():
-        pieces = [model.logits(piece, caches) for piece in tokens.split([9, *[1] * 14], dim=1)]
+        pieces = [model.logits(piece, caches) for piece in tokens.split([9, 1, 1, 5, 2, 1, 4], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, 1), model.logits(tokens), rtol=1e-4, atol=1e-5)
 
 
