@@ -158,4 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `harness config ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        reason = error.strerror or type(error).__name__
+        print(f"harness {options.verb}: error: {error.filename}: {reason}", file=sys.stderr)
+        return 2
     return 0

@@ -112,8 +112,7 @@ class Settings(Section):
                 f"model.vocab_size: {self.model.vocab_size} is less than the tokenizer's {vocab_size}; leave it "
                 f"null, or set at least {vocab_size}"
             )
-        filled = {
-            "vocab_size": self.model.vocab_size or vocab_size,
-            "max_positions": self.model.max_positions or self.data.sequence_length,
-        }
+        filled: dict[str, int | None] = {"vocab_size": self.model.vocab_size or vocab_size}
+        if self.model.positions == "learned" and self.model.max_positions is None:
+            filled["max_positions"] = self.data.sequence_length
         return self.model_copy(update={"model": self.model.model_copy(update=filled)})

@@ -27,6 +27,10 @@ from harness.settings import Settings
 logger = logging.getLogger("harness.train")
 
 
+MAY_CHANGE = {"model.dropout", "model.init_std", "model.position_init_std", "model.scale_residual_init"}
+"""Keys of the model that a resume may change: they do not touch what the trained weights compute."""
+
+
 class NonFiniteError(HarnessError):
     """A loss or gradient that is not a number, found before the optimizer step."""
 
@@ -90,10 +94,10 @@ class Trainer:
             settings.train.precision,
             self.model.real_rows(),
         )
-        self.validation = Validation(settings.validation, settings.data)
+        validation = Validation(settings.validation, settings.data, self.prepared)
         self.callbacks: list[Callback] = [
-            self.validation,
-            Summary(settings.summary, settings.data, self.validation),
+            validation,
+            Summary(settings.summary, validation),
             *callbacks,
             Saving(settings.checkpoint),  # last, so that a checkpoint has what the others did in this step
         ]
@@ -216,9 +220,12 @@ class Trainer:
     def _load(self, step: int) -> None:
         state = self.store.read_state(step)
         changes = _changes(state["settings"], plain(self.settings))
-        refused = [line for key, line in changes.items() if key.startswith("model.")]
+        may_change = MAY_CHANGE | ({"model.max_positions"} if self.settings.model.positions == "rope" else set())
+        refused = [line for key, line in changes.items() if key.startswith("model.") and key not in may_change]
         if state["tokenizer"] != self.prepared.tokenizer.fingerprint:
             refused.append("data.tokenizer: another tokenizer")
+        if state["step"] > self.total_steps:
+            refused.append(f"train.steps: {self.total_steps} is less than the {state['step']} steps that are done")
         if refused:
             raise HarnessError(
                 f"{self.store.folder}: step {step} cannot be resumed: {'; '.join(refused)}. Set these back, or choose "
@@ -262,7 +269,7 @@ class Trainer:
         )
         if start is not None:
             logger.info("resumed from step %d", start)
-        if self.step >= self.total_steps:
+        if self.step == self.total_steps:
             logger.info("all %d steps are done; raise train.steps to go on", self.total_steps)
 
     def _call(self, hook: str, *arguments: Any) -> None:
@@ -273,6 +280,8 @@ class Trainer:
 def _starting_step(settings: Settings, run: RunFolder, store: CheckpointStore) -> int | None:
     """The step to resume from, or None to begin; refuses what `train.resume` refuses, before anything is touched."""
     resume = settings.train.resume
+    if run.checkpoints.exists() and not run.checkpoints.is_dir():
+        raise HarnessError(f"{run.checkpoints}: is a file, and checkpoints go into a folder of that name; move it away")
     if resume == "never":
         if run.existing() is not None or store.steps():
             raise HarnessError(

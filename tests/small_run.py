@@ -42,7 +42,7 @@ def small_settings(folder: Path, **sections: dict[str, Any]) -> Settings:
             "test_share": 0.1,
             "workers": 1,
         },
-        "model": {"family": "llama", "layers": 2, "hidden_size": 32, "heads": 2},
+        "model": {"family": "llama", "layers": 2, "hidden_size": 32, "heads": 2, "max_positions": 32},
         "optimizer": {"learning_rate": 3e-3},
         "schedule": {"kind": "cosine", "warmup_steps": 3},
         "train": {"steps": 8, "global_batch_size": 4, "micro_batch_size": 2},

@@ -46,15 +46,15 @@ SETTINGS: list[tuple[str, str]] = [
     ("train.steps=ten", "command line: train.steps: expected a whole number, got 'ten'"),
     ("train.compile=maybe", "command line: train.compile: expected true or false, got 'maybe'"),
     ("train.precision=fp61", "command line: train.precision: 'fp61' is not one of fp32, bf16"),
-    ("train.micro_batch_size=3", "{y}: train: micro_batch_size 3 does not divide global_batch_size 4"),
-    ("schedule.warmup_steps=9", "{y}: schedule.warmup_steps 9 is more than train.steps 4; lower it"),
-    ("schedule.decay_steps=2", "{y}: schedule: decay_steps belongs to kind wsd; kind cosine has no separate decay"),
+    ("train.micro_batch_size=3", "{b}: train: micro_batch_size 3 does not divide global_batch_size 4"),
+    ("schedule.warmup_steps=9", "{b}: schedule.warmup_steps 9 is more than train.steps 4; lower it"),
+    ("schedule.decay_steps=2", "{b}: schedule: decay_steps belongs to kind wsd; kind cosine has no separate decay"),
     ("schedule.kind=cosin", "command line: schedule.kind: 'cosin' is not one of constant, linear, cosine, wsd; did"),
-    ("model.max_positions=16", "{y}: data.sequence_length 32 is more than model.max_positions 16"),
-    ("model.hidden_size=33", "{y}: model: hidden_size 33 is not a multiple of heads 2; change one or set head_size"),
-    ("model.kv_heads=3", "{y}: model: kv_heads 3 does not divide heads 2"),
-    ("model.head_size=15", "{y}: model: rope turns pairs, and heads of width 15 are odd; change heads or"),
-    ("model.shape=gpt2-125m", "{y}: model: shape: there is no shape 'gpt2-125m'; did you mean gpt2-124m? (known: "),
+    ("model.max_positions=16", "{b}: data.sequence_length 32 is more than model.max_positions 16"),
+    ("model.hidden_size=33", "{b}: model: hidden_size 33 is not a multiple of heads 2; change one or set head_size"),
+    ("model.kv_heads=3", "{b}: model: kv_heads 3 does not divide heads 2"),
+    ("model.head_size=15", "{b}: model: rope turns pairs, and heads of width 15 are odd; change heads or"),
+    ("model.shape=gpt2-125m", "{b}: model: shape: there is no shape 'gpt2-125m'; did you mean gpt2-124m? (known: "),
     ("model.family=lama", "command line: model.family: 'lama' is not one of gpt2, llama; did you mean llama?"),
     ("model.vocab_size=100", "model.vocab_size: 100 is less than the tokenizer's 257; leave it null, or"),
     ("parallel.device=gpu", "command line: parallel.device: 'gpu' is not one of auto, cpu, cuda"),
@@ -63,7 +63,10 @@ SETTINGS: list[tuple[str, str]] = [
     ("steps", "command line: 'steps' is not of the form section.key=value"),
     ("train.resume=never", "{t}/runs/small: holds a run already; choose another run.name, delete it, or"),
     ("model.layers=3", "{t}/runs/small/checkpoints: step 4 cannot be resumed: model.layers: was 2, now 3. Set"),
-    ("data.sequence_length=20000", "corpus 'first': has "),
+    ("model={shape: gpt2-124m, layers: 2, hidden_size: 32, heads: 2}", "command line: model: shape: gpt2-124m has"),
+    ("optimizer.learning_rate=.inf", "command line: optimizer.learning_rate: input should be a finite number, got inf"),
+    ("data.validation_share=0", "{t}/prepared/first: validation_share was 0.15, it is 0.0 now; set data.folder to"),
+    ("train.steps=3", "{t}/runs/small/checkpoints: step 4 cannot be resumed: train.steps: 3 is less than the 4 steps"),
 ]  # fmt: skip
 
 
@@ -71,7 +74,7 @@ SETTINGS: list[tuple[str, str]] = [
 def test_bad_settings(finished: Path, capsys: pytest.CaptureFixture[str], override: str, line: str) -> None:
     file = finished / "small.yaml"
     said = refused(capsys, "train", str(file), override)
-    assert said.startswith(line.replace("{y}", str(file)).replace("{t}", str(finished)))
+    assert said.startswith(line.replace("{b}", f"{file} and command line").replace("{t}", str(finished)))
 
 
 def test_several_processes_and_no_gpu(

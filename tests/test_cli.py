@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.cli import VERBS, load_settings, main
-from harness.config import dump_yaml, field_names, sections_in
+from harness.config import ConfigError, dump_yaml, field_names, sections_in
 from harness.settings import Settings
 
 HEAVY = {"torch", "megatron", "numpy", "transformers", "deepspeed", "tensorboard", "sentencepiece", "pyarrow"}
@@ -67,3 +67,11 @@ def test_doctor_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for word in ("python", "torch", "megatron-core", "cpu", "cuda", "triton", "deepspeed", "cc", "sbatch"):
         assert word in text
+
+
+def test_a_resolved_file_names_no_shape_and_takes_none_that_it_contradicts(tmp_path: Path) -> None:
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump_yaml(load_settings("quickstart", [])))
+    assert load_settings(str(resolved), []).model.shape is None
+    with pytest.raises(ConfigError, match="shape: gpt2-124m has layers 12, hidden_size 768, heads 12, but layers 4"):
+        load_settings(str(resolved), ["model.shape=gpt2-124m"])

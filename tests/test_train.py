@@ -294,3 +294,33 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     train(settings("damaged", 8))
     assert any(str(shard) in record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert series(folder) == whole
+
+
+def test_without_held_out_text_it_is_said_before_the_first_step_or_trained_without(tmp_path: Path) -> None:
+    text = tmp_path / "one.txt"
+    text.write_text("the one and only document " * 200)
+    data = {"corpora": [{"name": "one", "source": [str(text)]}], "folder": str(tmp_path / "p"), "validation_share": 0.0}
+    with pytest.raises(
+        HarnessError, match=r"none of its 1 documents in the validation split.*validation\.enabled=false"
+    ):
+        train(small_settings(tmp_path, data=data))
+    assert not (tmp_path / "runs" / "small" / "metrics.jsonl").exists()
+    folder = train(small_settings(tmp_path, data=data, validation={"enabled": False}, summary={"prompt": "the"})).folder
+    assert [record["step"] for record in runs.read(folder).metrics] == list(range(1, 9))
+    assert "validation_loss" not in runs.read(folder).columns
+    assert json.loads((folder / "summary.json").read_text()).keys() == {"step", "completion"}
+
+
+def test_the_sequence_length_may_change_where_positions_are_not_weights(tmp_path: Path) -> None:
+    def settings(steps: int, length: int, **model: Any) -> Settings:
+        data = {"sequence_length": length}
+        return small_settings(
+            tmp_path, run={"name": model["positions"]}, schedule={"kind": "constant", "warmup_steps": 0}, train={"steps": steps},
+            data=data, model={"max_positions": None, **model},
+        )  # fmt: skip
+
+    train(settings(2, 32, positions="rope"))
+    assert train(settings(4, 48, positions="rope", dropout=0.1)).step == 4
+    train(settings(2, 32, positions="learned"))
+    with pytest.raises(HarnessError, match=r"model\.max_positions: was 32, now 48"):
+        train(settings(4, 48, positions="learned"))

@@ -10,11 +10,14 @@ from harness.config import Section
 class ValidationSection(Section):
     """Loss on held-out text, on a cadence and after the last step."""
 
+    enabled: bool = True
+    """false: never, and no held-out text is needed (data.validation_share may be 0)."""
+
     every_steps: int | None = Field(200, ge=1)
     """Steps between validations. null: only after the last step."""
 
     samples: int | None = Field(None, ge=1)
-    """Windows of data.sequence_length that a validation reads, from the beginning of each corpus. null: all."""
+    """Windows of data.sequence_length that a validation reads of each corpus, spread evenly over it. null: all."""
 
     batch_size: int = Field(16, ge=1)
     """Windows a forward pass."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from harness.data import Batch, DataSection, EvaluationWindows
+from harness.data import Batch, DataSection, EvaluationWindows, Prepared
 from harness.model import Decoder
 
 from .base import Callback, TrainerView, is_due
@@ -90,21 +90,30 @@ class Validation(Callback):
 
     name = "validation"
 
-    def __init__(self, section: ValidationSection, data: DataSection) -> None:
-        self.section, self.data = section, data
+    def __init__(self, section: ValidationSection, data: DataSection, prepared: Prepared) -> None:
+        """Raises HarnessError where a corpus has no held-out text: now, and not when the first validation is due."""
+        self.section = section
         self.last: dict[str, Score] = {}
         """The newest scores by corpus."""
+        self._windows = None
+        if section.enabled:
+            self._windows = EvaluationWindows(
+                prepared, data, "validation", section.batch_size, limit_samples=section.samples
+            )
 
     def after_step(self, trainer: TrainerView, record: dict[str, Any]) -> None:
         if is_due(trainer.step, trainer.total_steps, self.section.every_steps):
             record.update(self.measure(trainer))
 
+    def after_training(self, trainer: TrainerView) -> None:
+        if not self.last:  # a finished run that was started again
+            self.measure(trainer)
+
     def measure(self, trainer: TrainerView) -> dict[str, float]:
-        """Score the validation split now; the columns that go into the record."""
-        windows = EvaluationWindows(
-            trainer.prepared, self.data, "validation", self.section.batch_size, limit_samples=self.section.samples
-        )
-        self.last = score(trainer.model, windows, trainer.prepared.tokenizer.token_bytes(), trainer.layout.device)
+        """Score the validation split now; the columns that go into the record, none where validation is off."""
+        if self._windows is None:
+            return {}
+        self.last = score(trainer.model, self._windows, trainer.prepared.tokenizer.token_bytes(), trainer.layout.device)
         total = sum(self.last.values(), Score())
         columns = {"validation_loss": total.loss, "validation_bits_per_byte": total.bits_per_byte}
         if len(self.last) > 1:

@@ -22,12 +22,14 @@ class _Loader(yaml.SafeLoader):
     """YAML in which 3e-4 is a number (YAML 1.1 wants 3.0e-4) and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        seen: set[str] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice; keep one")
-            seen.add(key)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"line {line}: a key must be a plain name")
+            if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
+                raise ConfigError(f"line {line}: key {key_node.value!r} is given twice; keep one")
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
@@ -78,7 +80,7 @@ def read_yaml(file: Path, label: str) -> dict[str, Any]:
         values = yaml.load(text, _Loader)
     except ConfigError as error:
         raise ConfigError(f"{label}: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date, a bad !!int
         raise ConfigError(f"{label}: not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
@@ -103,7 +105,9 @@ def parse_override(override: str, config_type: type[BaseModel]) -> tuple[list[st
         return path, text
     try:
         return path, yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except ConfigError as error:
+        raise ConfigError(f"command line: {override!r}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"command line: {override!r}: the value is not valid YAML: {reason}") from None
 
@@ -119,7 +123,7 @@ def _set_at(values: dict[str, Any], path: list[str], value: Any, override: str) 
     for depth, part in enumerate(path):
         last = depth == len(path) - 1
         if isinstance(place, list):
-            if not part.isdigit() or int(part) >= len(place):
+            if not part.isdecimal() or int(part) >= len(place):
                 where = ".".join(path[:depth])
                 raise ConfigError(
                     f"command line: {override!r}: {where} is a list of {len(place)}; number its items from 0"
@@ -143,7 +147,7 @@ def _line(config_type: type[BaseModel], problem: ErrorDetails, label: str, from_
     """One problem as one line: where it stands, which key, what would be right."""
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
-    source = "command line" if key in from_command_line else label
+    source = _source(key, label, from_command_line)
     kind, given = problem["type"], "null" if problem["input"] is None else repr(problem["input"])
     if kind == "extra_forbidden":
         message = f"unknown key; {_nearest(config_type, location)}"
@@ -160,6 +164,15 @@ def _line(config_type: type[BaseModel], problem: ErrorDetails, label: str, from_
     else:
         message = f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {given}"
     return f"{source}: {key}: {message}" if key else f"{source}: {message}"
+
+
+def _source(key: str, label: str, from_command_line: set[str]) -> str:
+    """Where the value at `key` came from: the file, the command line, or (a section with parts of each) both."""
+    if any(key == given or key.startswith(given + ".") for given in from_command_line):
+        return "command line"
+    if any(not key or given.startswith(key + ".") for given in from_command_line):
+        return f"{label} and command line"
+    return label
 
 
 def _section_at(config_type: type[BaseModel], location: list[str]) -> type[BaseModel] | None:
@@ -188,6 +201,8 @@ def _expected(config_type: type[BaseModel], location: list[str], message: str) -
     section = _section_at(config_type, location[:-1]) if location else None
     if section is not None and location[-1] in section.model_fields:
         return type_name(section.model_fields[location[-1]].annotation)
+    if _section_at(config_type, location) is not None:
+        return "a mapping of keys to values"
     return message
 
 

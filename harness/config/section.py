@@ -21,17 +21,22 @@ class Section(BaseModel):
         frozen=True,
         use_attribute_docstrings=True,
         validate_default=True,
+        allow_inf_nan=False,
         coerce_numbers_to_str=True,
         protected_namespaces=(),
     )
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Python counts True as 1; a configuration that says `steps: yes` is a mistake."""
+    def _adapt(cls, value: Any, info: ValidationInfo) -> Any:
+        """An empty section (`run:` and nothing below it) is one with defaults; a switch is not a number."""
         assert info.field_name is not None
-        if isinstance(value, bool) and bool not in alternatives(cls.model_fields[info.field_name].annotation):
-            raise ValueError(f"true/false where {type_name(cls.model_fields[info.field_name].annotation)} is expected")
+        annotation = cls.model_fields[info.field_name].annotation
+        if value is None and isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return {}
+        if isinstance(value, bool) and bool not in alternatives(annotation):
+            # Python counts True as 1; a configuration that says `steps: yes` is a mistake.
+            raise ValueError(f"true/false where {type_name(annotation)} is expected")
         return value
 
 

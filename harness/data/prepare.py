@@ -142,7 +142,8 @@ def _say_result(
 ) -> None:
     documents = sum(counts["documents"] for counts in writer.counts.values())
     tokens = sum(counts["tokens"] for counts in writer.counts.values())
-    line = f"{corpus.name}: {documents:,} documents, {tokens:,} tokens"
+    parts = ", ".join(f"{split} {counts['tokens']:,}" for split, counts in writer.counts.items())
+    line = f"{corpus.name}: {documents:,} documents, {tokens:,} tokens ({parts})"
     if reading.empty:
         line += f"; {reading.empty:,} empty documents left out"
     if reading.skipped:

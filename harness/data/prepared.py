@@ -86,7 +86,11 @@ class Prepared:
             if split == "train":
                 advice = "give more text, or set data.sequence_length lower"
             else:
-                advice = f"raise data.{split}_share, or cut long documents (separator, max_document_bytes)"
+                cut = "cut them into documents (separator, max_document_bytes)"
+                raise_share = f"raise data.{split}_share"
+                advice = f"{cut}, or {raise_share}" if total < 100 else f"{raise_share}, or {cut}"
+                if split == "validation":
+                    advice += ", or set validation.enabled=false to train without"
             raise HarnessError(f"corpus {name!r}: {held}, {tokens} tokens are needed: {advice}")
 
     def summary(self) -> list[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
 
 from harness.config import HarnessError
+from harness.parallel import derive_seed
 
 from .megatron import import_gpt_dataset, quiet_megatron
 from .prepared import PreparedSplit
@@ -52,7 +52,8 @@ class CorpusSamples:
         module = import_gpt_dataset()
         split = self._split
         config = module.GPTDatasetConfig(
-            random_seed=derive_seed(self._seed, split.corpus, epoch),
+            random_seed=derive_seed(self._seed, "data", split.corpus, epoch)
+            % 2**32,  # numpy's RandomState takes 32 bits
             sequence_length=self._sequence_length,
             tokenizer=self._tokenizer,
             reset_position_ids=False,
@@ -67,9 +68,3 @@ class CorpusSamples:
             dataset = module.GPTDataset(split.indexed.dataset, None, sequences, None, train, config)
         assert len(dataset) == self.samples_per_epoch
         return dataset
-
-
-def derive_seed(seed: int, corpus: str, epoch: int) -> int:
-    """A 32-bit seed, as numpy's RandomState takes it, from (seed, corpus, epoch)."""
-    digest = hashlib.sha256(f"data/{seed}/{corpus}/{epoch}".encode()).digest()
-    return int.from_bytes(digest[:4], "big")

@@ -19,7 +19,7 @@ class EvaluateSection(Section):
     """Which checkpoint of the run. null: the newest good one."""
 
     samples: int | None = Field(None, ge=1)
-    """Windows a corpus, from its beginning. null: all."""
+    """Windows a corpus, spread evenly over the split. null: all."""
 
     batch_size: int = Field(16, ge=1)
     """Windows a forward pass."""
@@ -53,7 +53,7 @@ class GenerateSection(Section):
     samples: int = Field(1, ge=1)
     """How many continuations."""
 
-    seed: int = Field(1, ge=0)
+    seed: int = Field(1, ge=0, lt=2**63)
     """The same seed gives the same text on the same machine."""
 
 

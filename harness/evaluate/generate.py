@@ -56,7 +56,7 @@ def choose(logits: Tensor, section: GenerateSection, generator: torch.Generator 
     """The next token from fp32 logits (vocab_size,): greedy at temperature 0, else drawn after top-k and top-p."""
     if section.temperature == 0:
         return int(logits.argmax())
-    logits = logits / section.temperature
+    logits = (logits - logits.max()) / section.temperature  # at most 0, so a tiny temperature overflows to no weight
     order = logits.argsort(descending=True, stable=True)
     if section.top_k is not None:
         order = order[: section.top_k]

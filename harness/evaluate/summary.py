@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from harness.callbacks import Callback, Score, TrainerView, Validation, evaluating
-from harness.data import DataSection, text_bytes
+from harness.data import text_bytes
 
 from .baselines import gzip_bits_per_byte, order2_bits_per_byte
 from .config import GenerateSection, SummarySection
@@ -31,20 +31,19 @@ class Summary(Callback):
 
     name = "summary"
 
-    def __init__(self, section: SummarySection, data: DataSection, validation: Validation) -> None:
-        self.section, self.data, self.validation = section, data, validation
+    def __init__(self, section: SummarySection, validation: Validation) -> None:
+        self.section, self.validation = section, validation
 
     def after_training(self, trainer: TrainerView) -> None:
-        if not self.validation.last:  # a finished run that was started again
-            self.validation.measure(trainer)
-        total = sum(self.validation.last.values(), Score())
-        summary: dict[str, Any] = {
-            "step": trainer.step,
-            "validation_loss": total.loss,
-            "validation_bits_per_byte": total.bits_per_byte,
-            "validation_bytes": total.bytes,
-        }
-        if self.section.baselines:
+        summary: dict[str, Any] = {"step": trainer.step}
+        if self.validation.last:
+            total = sum(self.validation.last.values(), Score())
+            summary |= {
+                "validation_loss": total.loss,
+                "validation_bits_per_byte": total.bits_per_byte,
+                "validation_bytes": total.bytes,
+            }
+        if self.section.baselines and self.validation.last:
             summary |= self._baselines(trainer)
         if self.section.prompt is not None:
             options = GenerateSection(prompt=self.section.prompt, max_tokens=self.section.tokens, temperature=0.5)
@@ -73,13 +72,14 @@ class Summary(Callback):
 
     def _lines(self, summary: dict[str, Any], trainer: TrainerView) -> list[str]:
         folder, harness = trainer.run.path, find_program("harness")
-        lines = [
-            "",
-            f"done: {trainer.step} steps",
-            f"  validation loss      {summary['validation_loss']:.4f} nats a token",
-            f"  bits per byte        {summary['validation_bits_per_byte']:.3f}   "
-            f"(held-out text, {summary['validation_bytes']:,} bytes)",
-        ]
+        opening = (self.section.prompt or "The").splitlines()[0]
+        lines = ["", f"done: {trainer.step} steps"]
+        if "validation_loss" in summary:
+            lines += [
+                f"  validation loss      {summary['validation_loss']:.4f} nats a token",
+                f"  bits per byte        {summary['validation_bits_per_byte']:.3f}   "
+                f"(held-out text, {summary['validation_bytes']:,} bytes)",
+            ]
         if "order2_bits_per_byte" in summary:
             lines += [
                 f"    order-2 byte model {summary['order2_bits_per_byte']:.3f}   "
@@ -94,9 +94,9 @@ class Summary(Callback):
             *lines,
             "next:",
             f"  {find_program('tensorboard')} --logdir {quoted(folder / 'tensorboard')}",
-            f"  {harness} generate {quoted(folder)} 'generate.prompt=def main('",
+            f"  {harness} generate {quoted(folder)} {shlex.quote('generate.prompt=' + opening)}",
             f"  {harness} evaluate {quoted(folder)}",
-            f"  {harness} train {quoted(folder)} train.steps={2 * trainer.total_steps}   # resumes, and goes on",
+            f"  {harness} train {quoted(folder)} train.steps={2 * trainer.step}   # resumes, and goes on",
         ]
 
 

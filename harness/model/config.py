@@ -16,7 +16,8 @@ class ModelSection(Section):
     """The decoder. `shape` or `family` fill in what is not said; what is said wins; the resolved file says all."""
 
     shape: str | None = None
-    """A named shape (gpt2-124m, gpt2-355m, gpt2-774m, gpt2-1.5b, llama-1b, llama-8b, ladder-0.1m to ladder-400m)."""
+    """A named shape, which fills in what is not said: gpt2-124m, gpt2-355m, gpt2-774m, gpt2-1.5b, llama-1b, llama-8b,
+    ladder-0.1m to ladder-400m. null in a resolved file, whose values stand below."""
 
     family: Literal["gpt2", "llama"] = "llama"
     """Which published architecture the unsaid fields follow. gpt2: learned positions, LayerNorm, GELU, biases, tied
@@ -42,7 +43,8 @@ class ModelSection(Section):
     of 16."""
 
     max_positions: int | None = Field(None, ge=1)
-    """Longest sequence that the model is built for: the rows of learned positions. null: data.sequence_length."""
+    """Longest sequence that the model is built for: the rows of learned positions. null: data.sequence_length for
+    learned positions, no limit for rope."""
 
     positions: Literal["learned", "rope"]
     """Learned absolute positions, or rotary embeddings (Su et al., arXiv 2104.09864)."""
@@ -102,7 +104,15 @@ class ModelSection(Section):
             close = difflib.get_close_matches(str(shape), SHAPES, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"shape: there is no shape {shape!r}{hint} (known: {', '.join(SHAPES)})")
-        filled = {**(SHAPES[shape] if shape is not None else {}), **values}
+        named = SHAPES[shape] if shape is not None else {}
+        size = ("layers", "hidden_size", "heads")
+        if named and all(values.get(key) is not None for key in size) and any(values[k] != named[k] for k in size):
+            said, meant = (", ".join(f"{key} {source[key]}" for key in size) for source in (values, named))
+            raise ValueError(
+                f"shape: {shape} has {meant}, but {said} is said as well (a resolved file says every field); remove "
+                f"the fields that the shape is to decide, or the shape"
+            )
+        filled = {**named, **values, "shape": None}
         family = filled.get("family", cls.model_fields["family"].default)
         return {**FAMILIES.get(family, FAMILIES["llama"]), **filled}
 

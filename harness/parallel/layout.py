@@ -23,8 +23,8 @@ class ParallelLayout:
 
     def __init__(self, section: ParallelSection) -> None:
         self.section = section
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = _read_number("RANK", 0)
+        self.world_size = _read_number("WORLD_SIZE", 1)
         if self.world_size != 1:
             raise HarnessError(
                 f"rank {self.rank}: started with {self.world_size} processes (WORLD_SIZE), but this version trains on "
@@ -32,7 +32,7 @@ class ParallelLayout:
             )
         self.tensor_rank, self.tensor_size = 0, 1
         self.data_rank, self.data_size = 0, 1
-        self.device = _choose_device(section.device, int(os.environ.get("LOCAL_RANK", "0")))
+        self.device = _choose_device(section.device, _read_number("LOCAL_RANK", 0))
         self._owns_process_group = False
 
     def __enter__(self) -> ParallelLayout:
@@ -72,6 +72,16 @@ def derive_seed(*parts: object) -> int:
     """A seed below 2**63 from anything printable: the same parts give the same seed on every machine and rank."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _read_number(variable: str, default: int) -> int:
+    """A launcher's environment variable."""
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise HarnessError(
+            f"environment variable {variable} is {text!r}, not a number; unset it, or start with torchrun"
+        )
+    return int(text)
 
 
 def _choose_device(wanted: str, local_rank: int) -> torch.device:

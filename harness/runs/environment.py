@@ -54,10 +54,15 @@ SECRETS = ("TOKEN", "KEY", "SECRET", "PASSW", "JWT", "CREDENTIAL")
 
 
 def describe_environment(directory: Path) -> tuple[dict[str, Any], bytes | None]:
-    """Everything that environment.json holds, and the difference between `directory` and its git commit, if any."""
+    """Everything that environment.json holds, and what differs from the git commit, if any.
+
+    The commit is that of `directory` (a user's own project, perhaps) and that of harness, where it runs from a
+    checkout; the difference is that of the first, or of the second where `directory` is no checkout.
+    """
     import torch
 
     git, diff = _describe_git(directory)
+    harness_git, harness_diff = _describe_git(Path(__file__).parent)
     environment = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(sys.orig_argv),
@@ -66,6 +71,7 @@ def describe_environment(directory: Path) -> tuple[dict[str, Any], bytes | None]
         "versions": {name: _version(name) for name in PACKAGES},
         "torch_build": {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip},
         "git": git,
+        "harness_git": harness_git,
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "cpu": {
@@ -77,7 +83,7 @@ def describe_environment(directory: Path) -> tuple[dict[str, Any], bytes | None]
         "devices": _describe_devices(),
         "variables": recorded_variables(dict(os.environ)),
     }
-    return environment, diff
+    return environment, diff if git is not None else harness_diff
 
 
 def recorded_variables(variables: dict[str, str]) -> dict[str, str]:

@@ -38,7 +38,7 @@ class EventFileWriter:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        numbers = [int(path.name.split(".")[3]) for path in existing_files(folder)]
+        numbers = [number_of(path) for path in existing_files(folder)]
         path = folder / f"events.out.tfevents.{max(numbers, default=-1) + 1:010d}.harness"
         self._event_type = event_pb2.Event
         self._file = path.open("xb", buffering=0)
@@ -68,5 +68,10 @@ class EventFileWriter:
 
 
 def existing_files(folder: Path) -> list[Path]:
-    """The event files of earlier starts, oldest first."""
-    return sorted(folder.glob("events.out.tfevents.*.harness"))
+    """The event files of earlier starts, oldest first; files of other makers are not among them."""
+    return sorted(path for path in folder.glob("events.out.tfevents.*.harness") if path.name.split(".")[3].isdecimal())
+
+
+def number_of(path: Path) -> int:
+    """Which start wrote an event file, counted from 0."""
+    return int(path.name.split(".")[3])

@@ -20,7 +20,6 @@ _SHOWN: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("loss", lambda value: f"loss {value:.4f}"),
     ("learning_rate", lambda value: f"lr {value:.3g}"),
     ("grad_norm", lambda value: f"norm {value:.3g}"),
-    ("tokens_per_second", lambda value: f"{_short(value)} tokens/s"),
 )
 _WINDOW_STEPS = 50
 """Steps over which the speed for the time that is left is averaged."""
@@ -40,6 +39,7 @@ class Progress:
         self._log_every = log_every
         self._clock = clock
         self._started = False
+        self._seconds = self._tokens = 0.0  # since the last line: one step's speed says little on a busy machine
         self._times: deque[tuple[int, float]] = deque([(first, clock())], maxlen=_WINDOW_STEPS + 1)
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
@@ -71,12 +71,18 @@ class Progress:
             self._times.clear()  # the run was rolled back
         self._times.append((step, self._clock()))
         parts = [show(float(record[name])) for name, show in _SHOWN if record.get(name) is not None]
+        if record.get("tokens_per_second") is not None:
+            seconds = record.get("step_seconds") or 1.0
+            self._seconds += seconds
+            self._tokens += seconds * record["tokens_per_second"]
+            parts.append(f"{_short(self._tokens / self._seconds)} tokens/s")
         summary = "  ".join([*parts, f"ETA {self._time_left(step)}"])
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, description=self._where(step), summary=summary)
         if step % self._log_every == 0 or step == self._total or not self._started:
             extra = log.FILE_ONLY if self._bar is not None else None
             logger.info("%s  %s", self._where(step), summary, extra=extra)
+            self._seconds = self._tokens = 0.0
         self._started = True
 
     def _where(self, step: int) -> str:

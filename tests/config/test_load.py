@@ -104,6 +104,11 @@ MISTAKES = {
     "items: [{weight: 1}]": "config.yaml: items.0.name: is required and not set",
     "items: [{name: a, weigth: 1}]": "config.yaml: items.0.weigth: unknown key; did you mean items.0.weight?",
     "count: 1\ncount: 2": "config.yaml: line 2: key 'count' is given twice; keep one",
+    "? [a, b]\n: 1": "config.yaml: line 1: a key must be a plain name",
+    "count: 2001-99-99": "config.yaml: not valid YAML: month must be in 1..12",
+    "count: !!int x": "config.yaml: not valid YAML: ",
+    "inner: {rate: .inf}": "config.yaml: inner.rate: input should be a finite number, got inf",
+    "items: [5]": "config.yaml: items.0: expected a mapping of keys to values, got 5",
     "- count": "config.yaml: expected sections with keys",
     "count: [": "config.yaml: not valid YAML",
 }
@@ -133,6 +138,25 @@ def test_a_mistake_on_the_command_line_says_so(tmp_path: Path, override: str) ->
     with pytest.raises(ConfigError) as error:
         load_config(Root, file, [override])
     assert str(error.value).startswith(OVERRIDES[override])
+
+
+def test_merge_keys_and_empty_sections(tmp_path: Path) -> None:
+    text = "items:\n  - &base {name: a, weight: 2}\n  - {<<: *base, name: b}\ninner:\n"
+    loaded = load_config(Root, write(tmp_path, text))
+    assert loaded == Root(items=(Item(name="a", weight=2), Item(name="b", weight=2)))
+
+
+def test_where_a_value_came_from(tmp_path: Path) -> None:
+    file = write(tmp_path, "inner: {rate: 1}\nitems: []\n")
+    for override, start in {
+        "innr.rate=1": "config.yaml and command line: innr: unknown key; did you mean inner?",
+        "items=[{nam: a}]": "command line: items.0.name: is required",
+        "count={a: 1, a: 2}": "command line: 'count={a: 1, a: 2}': line 1: key 'a' is given twice; keep one",
+        "items.\u00b2=5": "command line: 'items.\u00b2=5': items is a list of 0; number its items from 0",
+    }.items():
+        with pytest.raises(ConfigError) as error:
+            load_config(Root, file, [override], label="config.yaml")
+        assert str(error.value).startswith(start)
 
 
 def test_every_problem_is_told_at_once() -> None:

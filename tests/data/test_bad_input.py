@@ -285,7 +285,7 @@ def test_splits_that_are_too_small(
         EvaluationWindows(prepared, config, "test", 4)
     assert str(caught.value) == (
         "corpus 'a': has none of its 60 documents in the test split, 2 tokens are needed: "
-        "raise data.test_share, or cut long documents (separator, max_document_bytes)"
+        "cut them into documents (separator, max_document_bytes), or raise data.test_share"
     )
     with pytest.raises(HarnessError, match="'valid' is not a split; the splits are train, validation, test"):
         EvaluationWindows(prepared, config, "valid", 4)

@@ -41,7 +41,7 @@ def _empty(section: ModelSection) -> PreTrainedModel:
     shared = dict(  # noqa: C408
         vocab_size=section.vocab_size, hidden_size=section.hidden_size, intermediate_size=section.mlp_width,
         num_hidden_layers=section.layers, num_attention_heads=section.heads, head_dim=section.head_width,
-        num_key_value_heads=section.key_value_heads, max_position_embeddings=section.max_positions,
+        num_key_value_heads=section.key_value_heads, max_position_embeddings=section.max_positions or 4096,
         rms_norm_eps=section.norm_epsilon, rope_theta=section.rope_theta, tie_word_embeddings=section.tied_head,
         rope_parameters={"rope_type": "default", "rope_theta": section.rope_theta},
     )  # fmt: skip

@@ -102,3 +102,12 @@ def test_rollback_and_missing_values(capsys: pytest.CaptureFixture) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["1/10", "2/10", "3/10", "2/10", "3/10"]
     assert lines[3] == "step 2/10  ETA unknown"
+
+
+def test_speed_is_the_mean_since_the_last_line(caplog: pytest.LogCaptureFixture) -> None:
+    progress = Progress(4, log_every=2, clock=lambda: 0.0)
+    caplog.set_level("INFO")
+    for step, (tokens, seconds) in enumerate([(100, 1.0), (100, 4.0), (100, 5.0), (300, 5.0)], 1):
+        progress.update({"step": step, "tokens_per_second": tokens / seconds, "step_seconds": seconds})
+    speeds = [record.getMessage().split("  ")[1] for record in caplog.records]
+    assert speeds == ["100 tokens/s", "25 tokens/s", "40 tokens/s"]
