@@ -315,9 +315,13 @@ def test_the_sequence_length_may_change_where_positions_are_not_weights(tmp_path
     def settings(steps: int, length: int, **model: Any) -> Settings:
         data = {"sequence_length": length}
         return small_settings(
-            tmp_path, run={"name": model["positions"]}, schedule={"kind": "constant", "warmup_steps": 0}, train={"steps": steps},
-            data=data, model={"max_positions": None, **model},
-        )  # fmt: skip
+            tmp_path,
+            run={"name": model["positions"]},
+            schedule={"kind": "constant", "warmup_steps": 0},
+            train={"steps": steps},
+            data=data,
+            model={"max_positions": None, **model},
+        )
 
     train(settings(2, 32, positions="rope"))
     assert train(settings(4, 48, positions="rope", dropout=0.1)).step == 4
