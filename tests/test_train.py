@@ -12,6 +12,7 @@ import torch
 
 from harness import runs
 from harness.callbacks import Callback, TrainerView
+from harness.checkpoint import CheckpointStore
 from harness.cli import main
 from harness.config import HarnessError
 from harness.settings import Settings
@@ -328,3 +329,11 @@ def test_the_sequence_length_may_change_where_positions_are_not_weights(tmp_path
     train(settings(2, 32, positions="learned"))
     with pytest.raises(HarnessError, match=r"model\.max_positions: was 32, now 48"):
         train(settings(4, 48, positions="learned"))
+
+
+@pytest.mark.parametrize(("keep", "steps"), [(2, [6, 8]), (None, [2, 4, 6, 8])])
+def test_the_last_checkpoints_are_kept(tmp_path: Path, keep: int | None, steps: list[int]) -> None:
+    settings = small_settings(tmp_path, checkpoint={"every_steps": 2, "keep_last": keep})
+    store = CheckpointStore(train(settings).folder / "checkpoints")
+    assert store.steps() == steps
+    assert [store.verify(step) for step in steps] == [[] for _ in steps]
