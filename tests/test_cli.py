@@ -65,7 +65,7 @@ def test_named_shapes_are_filled_in_and_can_be_changed() -> None:
 def test_doctor_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    for word in ("python", "torch", "megatron-core", "cpu", "cuda", "triton", "deepspeed", "cc", "sbatch"):
+    for word in ("python", "torch", "megatron-core", "cpu", "cuda", "triton", "deepspeed", "c++", "sbatch"):
         assert word in text
 
 

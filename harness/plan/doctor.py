@@ -26,7 +26,7 @@ _PACKAGES = [
     ("transformers", "tests against the reference models", "pip install 'harness[dev]'"),
 ]
 _PROGRAMS = [
-    ("cc", "torch.compile on the CPU, building extensions"),
+    ("c++", "torch.compile on the CPU"),
     ("git", "recording the commit of a run"),
     ("nvidia-smi", "GPUs"),
     ("sbatch", "SLURM"),

@@ -31,7 +31,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Settings]:
         validation={"samples": None},
         checkpoint={"every_steps": 30},
         data={"mask_after_end_of_text": True},
-        loss={"z_loss": 0.02, "label_smoothing": 0.1},  # in training only: validation is plain cross-entropy
+        # In training only: validation is plain cross-entropy without dropout.
+        loss={"z_loss": 0.02, "label_smoothing": 0.1},
+        model={"dropout": 0.3},
     )
     return train(settings).folder, settings
 
