@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"kernels", "config"},
+    {"kernels", "config", "disk"},
     {"parallel"},
     {"optim"},
     {"model"},

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from harness.data import Batch, DataSection, EvaluationWindows, Prepared
+from harness.data import IGNORED, Batch, DataSection, EvaluationWindows, Prepared
 from harness.model import Decoder
 
 from .base import Callback, TrainerView, is_due
@@ -51,26 +51,47 @@ class Score:
         )
 
 
+LossesHandler = Callable[[str, Tensor, Tensor], None]
+"""Takes a corpus, the targets (n,) of a batch that have a loss, and their losses (n,) in nats."""
+
+
 @torch.no_grad()
 def score(
-    model: Decoder, windows: Iterable[tuple[str, Batch]], token_bytes: np.ndarray, device: torch.device
+    model: Decoder,
+    windows: Iterable[tuple[str, Batch]],
+    token_bytes: np.ndarray,
+    device: torch.device,
+    on_losses: LossesHandler | None = None,
 ) -> dict[str, Score]:
-    """The score of each corpus. `token_bytes` (vocab_size,) is the tokenizer's table of bytes a token."""
+    """The score of each corpus; `on_losses` is called for every batch, in the order of the text.
+
+    `token_bytes` (vocab_size,) is the tokenizer's table of bytes a token. Sums stay on the device until the end, so the
+    host waits once a corpus.
+    """
     table = torch.from_numpy(token_bytes.astype(np.int64)).to(device)
-    scores: dict[str, Score] = {}
+    sums: dict[str, Tensor] = {}
     with evaluating(model):
         for corpus, batch in windows:
             batch = batch.to(device)
             output = model(
-                batch.tokens, batch.targets, batch.positions, batch.document_ids, plain=True, outputs=("correct",)
+                batch.tokens,
+                batch.targets,
+                batch.positions,
+                batch.document_ids,
+                plain=True,
+                reduction="none",
+                outputs=("correct",),
             )
-            valid = batch.targets >= 0
-            scores[corpus] = scores.get(corpus, Score()) + Score(
-                nll=float(output.loss),
-                tokens=int(valid.sum()),
-                bytes=int(table[batch.targets[valid]].sum()),
-                correct=int(output.correct[valid].sum()),
-            )
+            valid = batch.targets != IGNORED
+            counts = [valid.sum(), table[batch.targets.clamp(min=0)].mul(valid).sum(), output.correct.sum()]
+            part = torch.stack([output.loss.sum().double(), *(count.double() for count in counts)])
+            sums[corpus] = sums[corpus] + part if corpus in sums else part
+            if on_losses is not None:
+                on_losses(corpus, batch.targets[valid], output.loss[valid])
+    scores = {}
+    for corpus, total in sums.items():
+        nll, tokens, size, correct = total.tolist()
+        scores[corpus] = Score(nll=nll, tokens=int(tokens), bytes=int(size), correct=int(correct))
     return scores
 
 

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from pathlib import Path
 
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+from harness.disk import sync
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -31,11 +23,6 @@ def make_folders(folder: Path) -> None:
     for place in reversed(missing):
         place.mkdir(exist_ok=True)
         sync(place.parent)
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def plain_file_problem(path: Path, size: int) -> str | None:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from harness.disk import sha256_of
 from harness.parallel import Fragment
 
 from .boxes import Box
-from .disk import plain_file_problem, sha256_of
+from .disk import plain_file_problem
 from .dtypes import SAFETENSORS_NAMES, dtype_name
 from .errors import CheckpointError
 from .manifest import Manifest, StoredFile, StoredFragment

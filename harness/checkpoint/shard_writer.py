@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from harness.disk import sha256_of, sync
 from harness.parallel import Fragment
 
 from .boxes import Box
-from .disk import sha256_of, sync
 from .dtypes import SAFETENSORS_NAMES, dtype_name
 from .errors import CheckpointError
 from .manifest import Part, StoredFile, StoredFragment, StoredTensor

@@ -18,9 +18,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from harness.disk import sync
 from harness.parallel import Fragment
 
-from .disk import make_folders, sync, write_synced
+from .disk import make_folders, write_synced
 from .errors import CheckpointError
 from .manifest import Manifest, Part, check_json, merge, read_manifest, write_manifest
 from .shard_reader import content_problem, copy_planned, plan_copies

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from harness.config import HarnessError
+from harness.disk import sha256_of
 
 from .config import CorpusSection, DataSection
 from .sources import SourceFile
@@ -41,8 +41,7 @@ def describe_source(file: SourceFile) -> dict[str, Any]:
 def digest_file(path: Path) -> str | None:
     """sha256 of a file's bytes; None where it cannot be read."""
     try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError:
         return None
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from harness.config import HarnessError
+from harness.disk import sync
 
 from .megatron import import_indexed_dataset
 from .splits import SPLITS
@@ -64,10 +65,10 @@ def writing(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         for file in partial.iterdir():
-            _flush(file)
-        _flush(partial)
+            sync(file)
+        sync(partial)
         os.rename(partial, folder)
-        _flush(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -101,11 +102,3 @@ def locked(folder: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

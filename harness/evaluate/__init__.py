@@ -5,7 +5,7 @@ In: a run or checkpoint folder and the sections of config.py. Out: numbers and t
 
 from .baselines import gzip_bits_per_byte, order2_bits_per_byte
 from .config import EvaluateSection, GenerateSection, SummarySection
-from .evaluate import evaluate, per_token_losses
+from .evaluate import evaluate
 from .generate import complete, generate
 from .restore import Restored, restore
 from .summary import Summary
@@ -21,6 +21,5 @@ __all__ = [
     "generate",
     "gzip_bits_per_byte",
     "order2_bits_per_byte",
-    "per_token_losses",
     "restore",
 ]

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from harness.callbacks import Score, score
 from harness.config import HarnessError
 from harness.data import DataSection, EvaluationWindows, prepare_for_training
-from harness.model import Decoder
 from harness.parallel import ParallelLayout, ParallelSection
 
 from .config import EvaluateSection
@@ -33,9 +32,17 @@ def evaluate(target: Path, section: EvaluateSection, data: DataSection, parallel
                 f"{prepared.folder}: tokenized with another tokenizer than {restored.run_folder} was trained with"
             )
         windows = EvaluationWindows(prepared, data, section.split, section.batch_size, limit_samples=section.samples)
-        scores = score(restored.model, windows, restored.tokenizer.token_bytes(), layout.device)
+        parts: dict[str, list[np.ndarray]] = {}
+
+        def collect(corpus: str, targets: Tensor, losses: Tensor) -> None:
+            parts.setdefault(f"{corpus}/tokens", []).append(targets.cpu().numpy())
+            parts.setdefault(f"{corpus}/losses", []).append(losses.float().cpu().numpy())
+
+        wanted = section.per_token is not None
+        table = restored.tokenizer.token_bytes()
+        scores = score(restored.model, windows, table, layout.device, collect if wanted else None)
         if section.per_token is not None:
-            arrays: dict[str, Any] = per_token_losses(restored.model, windows, layout.device)
+            arrays: dict[str, Any] = {name: np.concatenate(pieces) for name, pieces in parts.items()}
             np.savez_compressed(section.per_token, **arrays)
     total = sum(scores.values(), Score())
     return {
@@ -45,19 +52,6 @@ def evaluate(target: Path, section: EvaluateSection, data: DataSection, parallel
         **_columns(total),
         "corpora": {corpus: _columns(result) for corpus, result in scores.items()},
     }
-
-
-@torch.no_grad()
-def per_token_losses(model: Decoder, windows: EvaluationWindows, device: torch.device) -> dict[str, np.ndarray]:
-    """`CORPUS/tokens` (int64) and `CORPUS/losses` (fp32, nats) of every predicted token, in the order of the text."""
-    parts: dict[str, list[np.ndarray]] = {}
-    for corpus, batch in windows:
-        batch = batch.to(device)
-        output = model(batch.tokens, batch.targets, batch.positions, batch.document_ids, plain=True, reduction="none")
-        valid = batch.targets >= 0
-        parts.setdefault(f"{corpus}/tokens", []).append(batch.targets[valid].cpu().numpy())
-        parts.setdefault(f"{corpus}/losses", []).append(output.loss[valid].float().cpu().numpy())
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
 def _columns(result: Score) -> dict[str, float]:

@@ -22,11 +22,6 @@ class ParameterCounts:
     products: int
     """Weights of the matrix products: the blocks' matrices and the head, without gains, biases and look-ups."""
 
-    @property
-    def without_head(self) -> int:
-        """All parameters but the head's; of a tied head, embedding and head are the same and stay out."""
-        return self.total - self.head
-
 
 def count_parameters(section: ModelSection) -> ParameterCounts:
     """The parameter counts of a section whose vocab_size and max_positions are resolved."""
