@@ -7,6 +7,7 @@ import argparse
 import difflib
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -150,10 +151,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         VERBS[options.verb](getattr(options, "config", ""), getattr(options, "overrides", []))
     except HarnessError as error:
-        print(f"harness {options.verb}: error: {error}", file=sys.stderr)
+        if not said_elsewhere(error):
+            print(f"harness {options.verb}: error: {this_rank()}{error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"harness {options.verb}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        if not said_elsewhere(error):
+            print(f"harness {options.verb}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `harness config ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -162,6 +165,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.filename is None:
             raise
         reason = error.strerror or type(error).__name__
-        print(f"harness {options.verb}: error: {error.filename}: {reason}", file=sys.stderr)
+        if not said_elsewhere(error):
+            print(f"harness {options.verb}: error: {this_rank()}{error.filename}: {reason}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if said_elsewhere(error):
+            return 1
+        raise
     return 0
+
+
+def said_elsewhere(error: BaseException) -> bool:
+    """Whether another rank of the job is the one to say this error."""
+    return getattr(error, "said_elsewhere", False)
+
+
+def this_rank() -> str:
+    """What an error line of one of many ranks begins with."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return ""
+    return f"rank {os.environ.get('RANK', '?')} on {socket.gethostname()}: "

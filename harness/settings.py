@@ -26,7 +26,8 @@ class TrainSection(Section):
     """Sequences a step, over all ranks and micro-batches. Tokens a step: this times data.sequence_length."""
 
     micro_batch_size: int | None = Field(None, ge=1)
-    """Sequences a forward pass on one rank; the rest of the step is gradient accumulation. null: the whole step."""
+    """Sequences a forward pass on one data-parallel rank; the rest of the step is gradient accumulation. null: all of
+    the rank's share of the step at once."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32; or bf16 weights and activations with fp32 masters, moments and gradient sums."""
@@ -47,15 +48,23 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _micro_batches_fit(self) -> TrainSection:
-        if self.global_batch_size % self.micro_batch:
+        if self.global_batch_size % (self.micro_batch_size or 1):
             raise ValueError(
-                f"micro_batch_size {self.micro_batch} does not divide global_batch_size {self.global_batch_size}"
+                f"micro_batch_size {self.micro_batch_size} does not divide global_batch_size {self.global_batch_size}"
             )
         return self
 
-    @property
-    def micro_batch(self) -> int:
-        return self.micro_batch_size or self.global_batch_size
+    def micro_batch_on(self, data_size: int) -> int:
+        """Sequences a forward pass where the step is divided over so many ranks. Raises ConfigError where it doesn't
+        divide."""
+        micro = self.micro_batch_size or max(self.global_batch_size // data_size, 1)
+        if self.global_batch_size % (micro * data_size):
+            raise ConfigError(
+                f"train.global_batch_size: {self.global_batch_size} sequences do not divide into micro-batches of "
+                f"{micro} on {data_size} data-parallel ranks; make it a multiple of {micro * data_size}, or change "
+                f"train.micro_batch_size or the number of processes"
+            )
+        return micro
 
 
 class Settings(Section):
@@ -104,6 +113,14 @@ class Settings(Section):
                 f"data.sequence_length {self.data.sequence_length} is more than model.max_positions {limit}"
             )
         return self
+
+    def check_sequences(self, parallel: ParallelSection) -> None:
+        """Raises ConfigError where sequence parallelism cannot divide the tokens of a micro-batch equally."""
+        if parallel.sequence_parallel and self.data.sequence_length % parallel.tensor:
+            raise ConfigError(
+                f"data.sequence_length: {self.data.sequence_length} does not divide by parallel.tensor "
+                f"{parallel.tensor}, which parallel.sequence_parallel needs; choose a multiple"
+            )
 
     def resolved(self, vocab_size: int) -> Settings:
         """With what follows from other values filled in: the model's vocabulary and longest sequence."""

@@ -16,11 +16,11 @@ from torch import Tensor
 from harness.callbacks import Callback, Saving, Validation
 from harness.checkpoint import CheckpointStore
 from harness.config import HarnessError, dump_yaml, plain
-from harness.data import Batch, TokenStream, prepare_for_training
+from harness.data import Batch, Prepared, TokenStream, open_prepared, prepare_for_training
 from harness.evaluate import Summary
-from harness.model import build_decoder, count_parameters, flops_per_token
+from harness.model import build_decoder, count_parameters, flops_per_token, initialise_masters
 from harness.optim import build_adamw, learning_rate
-from harness.parallel import ParallelLayout, TorchEngine, memory_bytes, peak_flops
+from harness.parallel import ParallelLayout, Peak, build_engine, memory_bytes, peak_flops
 from harness.runs import Progress, RunFolder, configure_logging
 from harness.settings import Settings
 
@@ -51,13 +51,15 @@ def train(settings: Settings, callbacks: Sequence[Callback] = ()) -> TrainResult
     """
     with (
         ParallelLayout(settings.parallel) as layout,
-        RunFolder(settings.run.path, tensorboard=settings.run.tensorboard) as run,
+        open_run(settings, layout) as run,
     ):
-        configure_logging(run.log_file)
+        configure_logging(run.log_file, silent_as=str(layout.identity) if layout.rank > 0 else None)
         trainer = Trainer(settings, layout, run, callbacks)
+        layout.on_end(lambda reason: run.log_event("stopped", step=trainer.step, reason=reason))
         try:
             return trainer.fit()
         except (KeyboardInterrupt, Exception) as error:
+            layout.await_verdict(error)
             run.log_event("stopped", step=trainer.step, reason=f"{type(error).__name__}: {error}")
             raise
         finally:
@@ -72,10 +74,11 @@ class Trainer:
     ) -> None:
         self.layout, self.run = layout, run
         self.step, self.tokens_seen = 0, 0
-        self.store = CheckpointStore(run.checkpoints)
-        start = _starting_step(settings, run, self.store)
-
-        self.prepared = prepare_for_training(settings.data)
+        self.store = CheckpointStore(run.checkpoints, layout.rank, layout.world_size, agree=layout.all_agree)
+        self.micro_batch = settings.train.micro_batch_on(layout.data_size)
+        settings.check_sequences(layout.section)
+        start = layout.first_decides(lambda: _starting_step(settings, run, self.store))
+        self.prepared = _prepare(settings, layout)
         self.settings = settings = settings.resolved(self.prepared.tokenizer.vocab_size)
         self.total_steps = settings.train.steps
         self.stream = TokenStream(self.prepared, settings.data, seed=settings.train.seed)
@@ -87,14 +90,18 @@ class Trainer:
             loss=settings.loss,
             recompute=settings.train.recompute,
             compile_blocks=settings.train.compile,
+            tensor=layout.tensor_parallel(),
         )
-        self.engine = TorchEngine(
+        self.engine = build_engine(
             self.model,
             lambda masters: build_adamw(settings.optimizer, masters),
             settings.train.precision,
-            self.model.real_rows(),
+            self.model.placements(),
+            layout,
         )
-        validation = Validation(settings.validation, settings.data, self.prepared)
+        if start is None and settings.train.precision == "bf16" and layout.section.zero_stage > 0:
+            initialise_masters(self.engine.fragments(), settings.model, settings.train.seed)
+        validation = Validation(settings.validation, settings.data, self.prepared, layout)
         self.callbacks: list[Callback] = [
             validation,
             Summary(settings.summary, validation),
@@ -103,7 +110,8 @@ class Trainer:
         ]
         self._flops_per_token = flops_per_token(settings.model, settings.data.sequence_length)
         dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
-        self._peak = peak_flops(layout.device, dtype)
+        peak = layout.first_decides(lambda: vars(peak_flops(layout.device, dtype)))
+        self._peak = Peak(**peak)
 
         if start is not None:
             self._load(start)
@@ -138,17 +146,19 @@ class Trainer:
         step, train = self.step + 1, self.settings.train
         first_sample = self.stream.consumed_samples
         batches = self.stream.read(
-            train.global_batch_size, train.micro_batch, self.layout.data_rank, self.layout.data_size
+            train.global_batch_size, self.micro_batch, self.layout.data_rank, self.layout.data_size
         )
         waited = time.perf_counter() - started
-        tokens = sum(batch.valid_tokens() for batch in batches)
+        # Of the whole step and all ranks, before the first micro-batch: what every gradient is divided by.
+        tokens = int(self.layout.sum_over_data(torch.tensor(sum(batch.valid_tokens() for batch in batches))))
         if tokens == 0:
             raise HarnessError(f"step {step}: no token of the batch has a target; check data.mask_after_end_of_text")
 
         self.layout.seed_everything(train.seed, "step", step)
         loss_sum = torch.zeros((), device=self.layout.device)
-        for batch in batches:
-            loss_sum += self._backward(batch, tokens)
+        for number, batch in enumerate(batches, 1):
+            loss_sum += self._backward(batch, tokens, last=number == len(batches))
+        self.layout.sum_over_data(loss_sum)
 
         rate = learning_rate(self.settings.schedule, self.settings.optimizer.learning_rate, step, self.total_steps)
         # The one wait for the device in a step: whether to take the step is decided here, before anything changes.
@@ -177,11 +187,11 @@ class Trainer:
             "step_seconds": seconds,
         }
 
-    def _backward(self, batch: Batch, tokens: int) -> Tensor:
+    def _backward(self, batch: Batch, tokens: int, *, last: bool) -> Tensor:
         """Forward and backward of one micro-batch; the sum of its losses."""
         batch = batch.to(self.layout.device)
-        loss = self.model(batch.tokens, batch.targets, batch.positions, batch.document_ids).loss
-        self.engine.backward(loss, tokens)
+        loss = self.engine.module(batch.tokens, batch.targets, batch.positions, batch.document_ids).loss
+        self.engine.backward(loss, tokens, last=last)
         return loss.detach()
 
     def _check_finite(self, step: int, first_sample: int, loss: float, norm: float) -> None:
@@ -206,11 +216,11 @@ class Trainer:
             "settings": plain(self.settings),
         }
         self.run.sync()  # a checkpoint must not outlive the records that lead up to it
-        self.store.save(self.step, self.engine.fragments(), state)
+        self.store.save(self.step, self.engine.fragments(owned=True), state)
         self.run.log_event("saved", step=self.step)
         keep = self.settings.checkpoint.keep_last
         if keep is not None:
-            for step in self.store.steps()[:-keep]:
+            for step in self.store.steps()[:-keep] if self.layout.rank == 0 else ():
                 self.store.delete(step)
 
     def close(self) -> None:
@@ -275,6 +285,34 @@ class Trainer:
     def _call(self, hook: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, hook)(self, *arguments)
+
+
+def open_run(settings: Settings, layout: ParallelLayout) -> RunFolder:
+    """The run's folder, which rank 0 writes; the others write their log. Rank 0 makes it before anyone looks."""
+
+    def make(rank: int) -> RunFolder:
+        return RunFolder(settings.run.path, tensorboard=settings.run.tensorboard, rank=rank)
+
+    run: RunFolder | None = None
+
+    def first() -> None:
+        nonlocal run
+        run = make(0)
+
+    layout.first_decides(first)
+    return run if run is not None else make(layout.rank)
+
+
+def _prepare(settings: Settings, layout: ParallelLayout) -> Prepared:
+    """The tokenized corpora: rank 0 makes what is missing while the others wait."""
+    prepared: Prepared | None = None
+
+    def first() -> None:
+        nonlocal prepared
+        prepared = prepare_for_training(settings.data)
+
+    layout.first_decides(first)
+    return prepared if prepared is not None else open_prepared(settings.data)
 
 
 def _starting_step(settings: Settings, run: RunFolder, store: CheckpointStore) -> int | None:

@@ -84,7 +84,8 @@ def test_several_processes_and_no_gpu(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert refused(capsys, "train", file, "parallel.device=cuda").startswith("parallel.device: cuda is asked for, but")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert refused(capsys, "train", file).startswith("rank 0: started with 2 processes (WORLD_SIZE), but this version")
+    said = refused(capsys, "train", file, "parallel.tensor=3")
+    assert "parallel.tensor: 2 processes do not divide into groups of 3; start a multiple of 3" in said
 
 
 TARGETS: list[tuple[tuple[str, ...], str]] = [

@@ -61,7 +61,7 @@ def bare_loop(
     def advance() -> float:
         total = 0.0
         for part, target in zip(
-            tokens.split(settings.train.micro_batch), targets.split(settings.train.micro_batch), strict=True
+            tokens.split(settings.train.micro_batch_on(1)), targets.split(settings.train.micro_batch_on(1)), strict=True
         ):
             loss = losses(part, target) / tokens.numel()
             loss.backward()

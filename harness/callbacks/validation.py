@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from harness.data import IGNORED, Batch, DataSection, EvaluationWindows, Prepared
 from harness.model import Decoder
+from harness.parallel import ParallelLayout
 
 from .base import Callback, TrainerView, is_due
 from .config import ValidationSection
@@ -62,11 +63,12 @@ def score(
     token_bytes: np.ndarray,
     device: torch.device,
     on_losses: LossesHandler | None = None,
+    add_up: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Score]:
     """The score of each corpus; `on_losses` is called for every batch, in the order of the text.
 
     `token_bytes` (vocab_size,) is the tokenizer's table of bytes a token. Sums stay on the device until the end, so the
-    host waits once a corpus.
+    host waits once a corpus. `add_up` sums a tensor over the ranks that divide `windows` among them.
     """
     table = torch.from_numpy(token_bytes.astype(np.int64)).to(device)
     sums: dict[str, Tensor] = {}
@@ -90,7 +92,7 @@ def score(
                 on_losses(corpus, batch.targets[valid], output.loss[valid])
     scores = {}
     for corpus, total in sums.items():
-        nll, tokens, size, correct = total.tolist()
+        nll, tokens, size, correct = (add_up(total) if add_up is not None else total).tolist()
         scores[corpus] = Score(nll=nll, tokens=int(tokens), bytes=int(size), correct=int(correct))
     return scores
 
@@ -111,7 +113,9 @@ class Validation(Callback):
 
     name = "validation"
 
-    def __init__(self, section: ValidationSection, data: DataSection, prepared: Prepared) -> None:
+    def __init__(
+        self, section: ValidationSection, data: DataSection, prepared: Prepared, layout: ParallelLayout
+    ) -> None:
         """Raises HarnessError where a corpus has no held-out text: now, and not when the first validation is due."""
         self.section = section
         self.last: dict[str, Score] = {}
@@ -119,7 +123,13 @@ class Validation(Callback):
         self._windows = None
         if section.enabled:
             self._windows = EvaluationWindows(
-                prepared, data, "validation", section.batch_size, limit_samples=section.samples
+                prepared,
+                data,
+                "validation",
+                section.batch_size,
+                layout.data_rank,
+                layout.data_size,
+                limit_samples=section.samples,
             )
 
     def after_step(self, trainer: TrainerView, record: dict[str, Any]) -> None:
@@ -134,7 +144,8 @@ class Validation(Callback):
         """Score the validation split now; the columns that go into the record, none where validation is off."""
         if self._windows is None:
             return {}
-        self.last = score(trainer.model, self._windows, trainer.prepared.tokenizer.token_bytes(), trainer.layout.device)
+        layout, table = trainer.layout, trainer.prepared.tokenizer.token_bytes()
+        self.last = score(trainer.model, self._windows, table, layout.device, add_up=layout.sum_over_data)
         total = sum(self.last.values(), Score())
         columns = {"validation_loss": total.loss, "validation_bits_per_byte": total.bits_per_byte}
         if len(self.last) > 1:

@@ -24,7 +24,7 @@ def evaluate(target: Path, section: EvaluateSection, data: DataSection, parallel
     """
     if section.per_token is not None and not Path(section.per_token).resolve().parent.is_dir():
         raise HarnessError(f"evaluate.per_token: {section.per_token} lies in no folder that exists; make it first")
-    with ParallelLayout(parallel) as layout:
+    with ParallelLayout(parallel.on_one_process()) as layout:
         restored = restore(target, step=section.step, device=layout.device)
         prepared = prepare_for_training(data)
         if prepared.tokenizer.fingerprint != restored.tokenizer.fingerprint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from .restore import restore
 
 def generate(target: Path, section: GenerateSection, parallel: ParallelSection) -> list[str]:
     """`section.samples` continuations of `section.prompt` by the model of a run or checkpoint folder."""
-    with ParallelLayout(parallel) as layout:
+    with ParallelLayout(parallel.on_one_process()) as layout:
         restored = restore(target, step=section.step, device=layout.device)
         generator = torch.Generator().manual_seed(section.seed)
         return [complete(restored.model, restored.tokenizer, section, generator) for _ in range(section.samples)]
@@ -26,10 +27,17 @@ def generate(target: Path, section: GenerateSection, parallel: ParallelSection) 
 
 @torch.no_grad()
 def complete(
-    model: Decoder, tokenizer: Tokenizer, section: GenerateSection, generator: torch.Generator | None = None
+    model: Decoder,
+    tokenizer: Tokenizer,
+    section: GenerateSection,
+    generator: torch.Generator | None = None,
+    agree: Callable[[int], int] | None = None,
 ) -> str:
-    """One continuation, without the prompt. Each token is computed once: keys and values are kept."""
-    device = model.token_embedding.weight.device
+    """One continuation, without the prompt. Each token is computed once: keys and values are kept.
+
+    Where several ranks run one model, `agree` makes one rank's token everyone's.
+    """
+    device = next(model.parameters()).device
     prompt = tokenizer.encode(section.prompt) or [tokenizer.eod]
     limit = model.section.max_positions
     if limit is not None and len(prompt) >= limit:
@@ -39,12 +47,12 @@ def complete(
     capacity = len(prompt) + section.max_tokens
     if limit is not None:
         capacity = min(capacity, limit)
-    like = model.token_embedding.weight
-    caches = [KeyValueCache(1, capacity, model.section, like) for _ in model.layers]
+    caches = [KeyValueCache(capacity) for _ in model.layers]
     tokens = torch.tensor([prompt], device=device)
     new: list[int] = []
     while len(new) < section.max_tokens and caches[0].length + tokens.shape[1] <= capacity:
         token = choose(model.logits(tokens, caches)[0, -1].cpu(), section, generator)
+        token = agree(token) if agree is not None else token
         if token == tokenizer.eod:
             break
         new.append(token)

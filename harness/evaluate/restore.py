@@ -50,8 +50,10 @@ def restore(target: Path, *, step: int | None = None, device: torch.device | str
     if tokenizer.fingerprint != state["tokenizer"]:
         raise HarnessError(f"{run_folder / 'tokenizer'}: not the tokenizer that the checkpoint was trained with")
     model = build_decoder(section, seed=0, device=device)
-    weights = {name: weight.detach() for name, weight in model.named_parameters()}
-    weights |= {name: weights[name][:rows] for name, rows in model.real_rows().items()}
-    fragments = [Fragment.whole(name, "master", weight) for name, weight in weights.items()]
+    placements = model.placements()
+    fragments = [
+        Fragment.whole(name, "master", weight.detach()[: placements[name].shape[0]])
+        for name, weight in model.named_parameters()
+    ]
     store.load(step, into=fragments)
     return Restored(model.eval(), tokenizer, run_folder, step)

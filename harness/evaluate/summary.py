@@ -43,13 +43,19 @@ class Summary(Callback):
                 "validation_bits_per_byte": total.bits_per_byte,
                 "validation_bytes": total.bytes,
             }
-        if self.section.baselines and self.validation.last:
+        first = trainer.layout.rank == 0
+        if self.section.baselines and self.validation.last and first:
             summary |= self._baselines(trainer)
         if self.section.prompt is not None:
             options = GenerateSection(prompt=self.section.prompt, max_tokens=self.section.tokens, temperature=0.5)
             with evaluating(trainer.model):
                 generator = torch.Generator().manual_seed(options.seed)
-                summary["completion"] = complete(trainer.model, trainer.prepared.tokenizer, options, generator)
+                # On all ranks: where weights are divided, a forward pass takes them all.
+                summary["completion"] = complete(
+                    trainer.model, trainer.prepared.tokenizer, options, generator, trainer.layout.first_number
+                )
+        if not first:
+            return
         path = trainer.run.path / "summary.json"
         path.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for line in self._lines(summary, trainer):

@@ -5,7 +5,7 @@ first; sites.py names the places that other rooms replace or switch.
 """
 
 from .attention import KeyValueCache
-from .build import build_decoder
+from .build import build_decoder, initialise_masters
 from .config import LossSection, ModelSection
 from .counts import ParameterCounts, count_parameters, flops_per_token
 from .decoder import Decoder
@@ -24,6 +24,7 @@ __all__ = [
     "build_decoder",
     "count_parameters",
     "flops_per_token",
+    "initialise_masters",
     "norm_sites",
     "spliced",
     "tap_sites",

@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.parallel import TensorParallel
+
 from .config import ModelSection
+from .dropout import Dropout
 from .norms import RMSNorm
 from .sites import Tap
 
@@ -16,13 +19,16 @@ from .sites import Tap
 class KeyValueCache:
     """The keys and values of the tokens so far, of one layer: (batch, kv heads, capacity, head width)."""
 
-    def __init__(self, batch: int, capacity: int, section: ModelSection, like: Tensor) -> None:
-        shape = (batch, section.key_value_heads, capacity, section.head_width)
-        self._keys, self._values = like.new_empty(shape), like.new_empty(shape)
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._keys = self._values = torch.empty(0)
         self.length = 0
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append (batch, kv heads, new, head width) and return all so far."""
+        if self.length == 0:
+            shape = (*keys.shape[:2], self._capacity, keys.shape[3])
+            self._keys, self._values = keys.new_empty(shape), keys.new_empty(shape)
         end = self.length + keys.shape[2]
         self._keys[:, :, self.length : end] = keys
         self._values[:, :, self.length : end] = values
@@ -38,6 +44,10 @@ class AttentionContext:
     """cos and sin, each (1 or batch, 1, sequence, head width / 2), or None without rotary positions."""
     mask: Tensor | None
     """True where a query may look at a key, (batch, 1, sequence, sequence); None: plain causal."""
+    batch: int
+    """Sequences; under sequence parallelism an activation's shape doesn't say."""
+    dropout_seed: int | None = None
+    """What the dropouts of this pass derive their seeds from; None: nothing is dropped."""
 
 
 class Attention(nn.Module):
@@ -47,20 +57,21 @@ class Attention(nn.Module):
     slice of rows is a whole number of groups, and a tensor-parallel shard.
     """
 
-    def __init__(self, section: ModelSection) -> None:
+    def __init__(self, section: ModelSection, tensor: TensorParallel, place: str) -> None:
         super().__init__()
-        self.groups, self.width = section.key_value_heads, section.head_width
-        self.queries_per_group = section.heads // self.groups
-        self.dropout = section.dropout
-        rows = self.groups * (self.queries_per_group + 2) * self.width
-        self.qkv = nn.Linear(section.hidden_size, rows, bias=section.bias)
-        self.output = nn.Linear(section.heads * self.width, section.hidden_size, bias=section.bias)
-        self.q_norm = RMSNorm(self.width, section.norm_epsilon) if section.qk_norm else None
-        self.k_norm = RMSNorm(self.width, section.norm_epsilon) if section.qk_norm else None
+        self.width = section.head_width
+        self.queries_per_group = section.heads // section.key_value_heads
+        self.groups = section.key_value_heads // tensor.size  # on this rank
+        rows = section.key_value_heads * (self.queries_per_group + 2) * self.width
+        self.qkv = tensor.column_linear(section.hidden_size, rows, bias=section.bias)
+        self.output = tensor.row_linear(section.heads * self.width, section.hidden_size, bias=section.bias)
+        self.q_norm = RMSNorm(self.width, section.norm_epsilon, tensor.on_heads) if section.qk_norm else None
+        self.k_norm = RMSNorm(self.width, section.norm_epsilon, tensor.on_heads) if section.qk_norm else None
+        self.dropout = Dropout(section.dropout, tensor, f"{place}.weights", on="heads")
         self.q, self.k, self.v = Tap(), Tap(), Tap()
 
     def forward(self, x: Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> Tensor:
-        """(batch, sequence, hidden) to the same shape."""
+        """(batch, sequence, hidden) to the same shape, or to this rank's tokens of it where tokens are split."""
         batch, sequence, _ = x.shape
         split = [self.queries_per_group, 1, 1]
         q, k, v = self.qkv(x).view(batch, sequence, self.groups, sum(split), self.width).split(split, dim=3)
@@ -78,7 +89,7 @@ class Attention(nn.Module):
             k,
             v,
             attn_mask=context.mask,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=self.dropout.prepare(context.dropout_seed, q.device),
             # With a mask the mask is the whole truth; one query against a cache may look at all of it.
             is_causal=context.mask is None and sequence > 1,
             enable_gqa=self.queries_per_group > 1,

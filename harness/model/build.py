@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from harness.parallel import derive_seed
+from harness.parallel import Fragment, TensorParallel, derive_seed
 
 from .config import LossSection, ModelSection
 from .decoder import Decoder
@@ -21,13 +22,15 @@ def build_decoder(
     loss: LossSection | None = None,
     recompute: str = "none",
     compile_blocks: bool = False,
+    tensor: TensorParallel | None = None,
 ) -> Decoder:
-    """A decoder in fp32 on `device`, its weights drawn from (seed, name, global shape).
+    """A decoder in fp32 on `device`, its weights drawn from (seed, name, global shape): of those, this
+    tensor-parallel rank's part.
 
     recompute: none, selective or full activation checkpointing of the blocks.
     """
     with torch.device("meta"):
-        model = Decoder(section, loss or LossSection(), recompute)
+        model = Decoder(section, loss or LossSection(), recompute, tensor)
     model.to_empty(device=device)
     model.tie_head()  # to_empty gives each module a tensor of its own
     initialise(model, section, seed)
@@ -40,19 +43,30 @@ def build_decoder(
 @torch.no_grad()
 def initialise(model: Decoder, section: ModelSection, seed: int) -> None:
     """Fill every parameter of `model`, one at a time: gains 1, biases and padded rows 0, the rest normal."""
-    real_rows = model.real_rows()
+    placements = model.placements()
     for name, weight in model.named_parameters():
-        std = init_std(name, section)
-        if std is None:
-            weight.fill_(0.0 if name.endswith("bias") else 1.0)
+        place = placements[name]
+        weight[place.shape[0] :] = 0.0
+        weight[: place.shape[0]] = initial_value(name, section, seed, place.global_shape)[place.slices]
+
+
+@torch.no_grad()
+def initialise_masters(fragments: Iterable[Fragment], section: ModelSection, seed: int) -> None:
+    """The same values into master weights: for an engine whose masters were taken from weights cast to bf16."""
+    name, whole = "", torch.empty(0)
+    for fragment in fragments:
+        if fragment.kind != "master":
             continue
-        rows = real_rows.get(name, len(weight))
-        weight[rows:] = 0.0
-        weight[:rows] = draw_normal(seed, name, (rows, *weight.shape[1:]), std)
+        if fragment.name != name:  # an engine yields a parameter's boxes one after the other
+            name, whole = fragment.name, initial_value(fragment.name, section, seed, fragment.global_shape)
+        fragment.tensor.copy_(whole[fragment.slices])
 
 
-def draw_normal(seed: int, name: str, shape: tuple[int, ...], std: float) -> Tensor:
+def initial_value(name: str, section: ModelSection, seed: int, shape: tuple[int, ...]) -> Tensor:
     """The initial value of a global parameter: fp32 on the CPU, the same on every layout and device."""
+    std = init_std(name, section)
+    if std is None:
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
     generator = torch.Generator().manual_seed(derive_seed(seed, "weights", name, *shape))
     return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from harness.config import Section
+from harness.config import ConfigError, Section
 
 from .shapes import FAMILIES, SHAPES
 
@@ -146,11 +146,22 @@ class ModelSection(Section):
             return 4 * self.hidden_size
         return -(-8 * self.hidden_size // 48) * 16
 
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding: vocab_size rounded up to vocab_multiple."""
+    def padded_vocab_size(self, tensor_size: int = 1) -> int:
+        """Rows of the embedding: vocab_size rounded up to vocab_multiple, then to a multiple of the tensor-parallel
+        size."""
         assert self.vocab_size is not None, "vocab_size is resolved from the tokenizer before a model is built"
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+        rows = -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+        return -(-rows // tensor_size) * tensor_size
+
+    def check_divides(self, tensor_size: int) -> None:
+        """Raises ConfigError where a tensor-parallel size does not divide the heads or the MLP."""
+        sizes = {"heads": self.heads, "kv_heads": self.key_value_heads, "mlp_size": self.mlp_width}
+        for key, size in sizes.items():
+            if size % tensor_size:
+                raise ConfigError(
+                    f"parallel.tensor: {tensor_size} does not divide model.{key} {size}; choose a divisor of both "
+                    f"kv_heads {self.key_value_heads} and mlp_size {self.mlp_width}, or change the model"
+                )
 
 
 class LossSection(Section):

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from harness.kernels import LossOutput
+from harness.parallel import Placement, TensorParallel, place_parameters
 
 from .attention import Attention, AttentionContext, KeyValueCache, rotation_tables
 from .config import LossSection, ModelSection
+from .dropout import Dropout
 from .head import Head, Reduction
 from .mlp import build_mlp
 from .norms import build_norm
@@ -23,44 +25,58 @@ from .sites import Tap
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), with a tap at every place that sites.py names."""
 
-    def __init__(self, section: ModelSection) -> None:
+    def __init__(self, section: ModelSection, tensor: TensorParallel, place: str) -> None:
         super().__init__()
+        self.tensor = tensor
         self.residual_before = Tap()
-        self.attention_norm = build_norm(section.norm, section.hidden_size, section.norm_epsilon)
-        self.attention = Attention(section)
+        self.attention_norm = build_norm(section.norm, section.hidden_size, section.norm_epsilon, tensor.on_tokens)
+        self.attention = Attention(section, tensor, f"{place}.attention")
         self.attention_out = Tap()
         self.residual_between = Tap()
-        self.mlp_norm = build_norm(section.norm, section.hidden_size, section.norm_epsilon)
-        self.mlp = build_mlp(section)
+        self.mlp_norm = build_norm(section.norm, section.hidden_size, section.norm_epsilon, tensor.on_tokens)
+        self.mlp = build_mlp(section, tensor)
         self.mlp_out = Tap()
         self.residual_after = Tap()
-        self.dropout = nn.Dropout(section.dropout)
+        self.attention_dropout = Dropout(section.dropout, tensor, f"{place}.attention_out")
+        self.mlp_dropout = Dropout(section.dropout, tensor, f"{place}.mlp_out")
 
     def forward(self, x: Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> Tensor:
+        seed = context.dropout_seed
         x = self.residual_before(x)
-        attended = self.attention(self.attention_norm(x), context, cache)
-        x = self.residual_between(x + self.attention_out(self.dropout(attended)))
-        return self.residual_after(x + self.mlp_out(self.dropout(self.mlp(self.mlp_norm(x)))))
+        attended = self.attention(self.tensor.enter(self.attention_norm(x), context.batch), context, cache)
+        x = self.residual_between(x + self.attention_out(self.attention_dropout(attended, seed)))
+        expanded = self.mlp(self.tensor.enter(self.mlp_norm(x), context.batch))
+        return self.residual_after(x + self.mlp_out(self.mlp_dropout(expanded, seed)))
 
 
 class Decoder(nn.Module):
     """GPT-2 (Radford et al. 2019) and Llama (Touvron et al., arXiv 2302.13971) as one pre-norm decoder.
 
-    Parameters are created uninitialised; `build_decoder` is the way in.
+    Parameters are created uninitialised, those of this rank's share; `build_decoder` is the way in. Activations that
+    pass between blocks are (batch, sequence, hidden) on every rank, or under sequence parallelism this rank's tokens of
+    that, (batch x sequence / ranks, hidden).
     """
 
-    def __init__(self, section: ModelSection, loss: LossSection, recompute: str = "none") -> None:
+    def __init__(
+        self,
+        section: ModelSection,
+        loss: LossSection,
+        recompute: str = "none",
+        tensor: TensorParallel | None = None,
+    ) -> None:
         super().__init__()
         self.section, self.recompute = section, recompute
-        self.token_embedding = nn.Embedding(section.padded_vocab_size, section.hidden_size)
+        self.tensor = tensor = tensor or TensorParallel()
+        section.check_divides(tensor.size)
+        self.token_embedding = tensor.embedding(section.padded_vocab_size(tensor.size), section.hidden_size)
         if section.positions == "learned":
             assert section.max_positions is not None
             self.position_embedding = nn.Embedding(section.max_positions, section.hidden_size)
-        self.dropout = nn.Dropout(section.dropout)
-        self.layers = nn.ModuleList(Block(section) for _ in range(section.layers))
+        self.dropout = Dropout(section.dropout, tensor, "embedding", on="all")
+        self.layers = nn.ModuleList(Block(section, tensor, f"layers.{i}") for i in range(section.layers))
         self.final_residual = Tap()
-        self.final_norm = build_norm(section.norm, section.hidden_size, section.norm_epsilon)
-        self.head = Head(section, loss)
+        self.final_norm = build_norm(section.norm, section.hidden_size, section.norm_epsilon, tensor.on_tokens)
+        self.head = Head(section, loss, tensor)
         self.tie_head()
 
     def tie_head(self) -> None:
@@ -90,7 +106,7 @@ class Decoder(nn.Module):
         document_ids: Tensor | None = None,
         caches: Sequence[KeyValueCache] | None = None,
     ) -> Tensor:
-        """The final norm's output (batch, sequence, hidden).
+        """The final norm's output (batch, sequence, hidden), or this rank's tokens of it where tokens are split.
 
         positions (batch, sequence): None counts from 0 (from the cache's length). document_ids (batch, sequence): a
         token attends only to earlier tokens of its own document; None: to all earlier ones. caches: one a layer,
@@ -108,8 +124,10 @@ class Decoder(nn.Module):
         mask = None if document_ids is None else document_mask(document_ids)
         if start > 0 and length > 1:  # several new tokens: each sees what is cached, and the new ones up to itself
             mask = tokens.new_ones((length, start + length), dtype=torch.bool).tril(start)[None, None]
-        context = AttentionContext(rotation, mask)
-        x = self.dropout(x)
+        drops = self.training and self.section.dropout > 0.0
+        seed = self.tensor.forward_seeds.draw() if drops else None
+        context = AttentionContext(rotation, mask, len(tokens), seed)
+        x = self.tensor.split(self.dropout(x, seed))
         for number, block in enumerate(self.layers):
             if caches is not None:
                 x = block(x, context, caches[number])
@@ -119,16 +137,17 @@ class Decoder(nn.Module):
                 x = block(x, context)
         return self.final_norm(self.final_residual(x))
 
-    def real_rows(self) -> dict[str, int]:
-        """Rows of the parameters whose last rows are padding; only these many belong to the model and to
-        checkpoints."""
+    def placements(self) -> dict[str, Placement]:
+        """Where this rank's part of every parameter lies. Padding rows of the embedding and the head belong to no
+        part, and so to no checkpoint."""
         assert self.section.vocab_size is not None
         names = ("token_embedding.weight",) if self.section.tied_head else ("token_embedding.weight", "head.weight")
-        return dict.fromkeys(names, self.section.vocab_size)
+        return place_parameters(self, self.tensor, dict.fromkeys(names, self.section.vocab_size))
 
     def logits(self, tokens: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
         """fp32 logits (batch, sequence, vocab_size), for generation and proofs."""
-        return self.head.logits(self.hidden_states(tokens, caches=caches))
+        with self.tensor.whole_tokens():
+            return self.head.logits(self.hidden_states(tokens, caches=caches))
 
     def _recompute_options(self) -> dict[str, Any]:
         if self.recompute == "full":

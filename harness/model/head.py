@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.kernels import LossOutput, VocabShard, linear_cross_entropy
+from harness.parallel import TensorParallel
 
 from .config import LossSection, ModelSection
 
@@ -18,15 +19,30 @@ Reduction = Literal["mean", "sum", "none"]
 class Head(nn.Module):
     """A linear map to the vocabulary, used inside its own forward so that sharding engines can gather its weight there.
 
-    A tied head registers the token embedding's parameter as its own (Decoder.tie_head).
+    The tensor-parallel ranks hold consecutive rows. A tied head registers the token embedding's parameter as its own
+    (Decoder.tie_head).
     """
 
-    def __init__(self, section: ModelSection, loss: LossSection) -> None:
+    tensor_sharded = {"weight": 0}  # noqa: RUF012
+
+    def __init__(self, section: ModelSection, loss: LossSection, tensor: TensorParallel) -> None:
         super().__init__()
         assert section.vocab_size is not None
-        rows = section.padded_vocab_size
+        self.tensor = tensor
+        rows = section.padded_vocab_size(tensor.size) // tensor.size
+        start = tensor.rank * rows
+        # Kept, since the first loss with a shard compares it over the ranks; by whether tokens are split.
+        self.shards = {
+            split: VocabShard(
+                start,
+                start + rows,
+                section.vocab_size,
+                group=tensor.group if tensor.size > 1 else None,
+                sequence_parallel=split,
+            )
+            for split in {False, tensor.splits_tokens}
+        }
         self.weight = nn.Parameter(torch.empty(rows, section.hidden_size))
-        self.shard = VocabShard(start=0, stop=rows, vocab_size=section.vocab_size)
         self.softcap = section.logit_softcap
         self.loss = loss
 
@@ -39,7 +55,8 @@ class Head(nn.Module):
         reduction: Reduction = "sum",
         outputs: Sequence[str] = (),
     ) -> LossOutput:
-        """Losses of hidden (..., H) against int64 targets (...), -100 where there is none.
+        """Losses of hidden (..., H) against int64 targets (...), -100 where there is none, the same on all
+        tensor-parallel ranks. Where tokens are split, hidden is (tokens / ranks, H), this rank's.
 
         `plain` leaves out what is only for training (z-loss, label smoothing).
         """
@@ -52,11 +69,13 @@ class Head(nn.Module):
             softcap=self.softcap,
             reduction=reduction,
             outputs=tuple(outputs),
-            shard=self.shard,
+            shard=self.shards[self.tensor.splits_tokens],
             implementation=self.loss.implementation,
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits (..., vocab_size) of hidden (..., H): for generation and proofs, never in training."""
-        logits = nn.functional.linear(hidden, self.weight[: self.shard.vocab_size]).float()
+        shard = self.shards[False]
+        logits = nn.functional.linear(hidden, self.weight[: shard.columns]).float()
+        logits = self.tensor.gather_columns(logits, shard.start, shard.vocab_size)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

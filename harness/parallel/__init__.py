@@ -1,14 +1,19 @@
-"""Processes, devices, seeds, and the engine that turns losses into weight updates.
+"""Processes, devices, seeds, tensor-parallel layers, and the engine that turns losses into weight updates.
 
 In: a model and the losses of a step's micro-batches. Out: updated weights, and the fragments that checkpoints are made
-of. Read layout.py first, then engine.py. Only this room knows process groups or asks which device it runs on.
+of. Read layout.py first, then tensor.py and engine.py. Only this room knows process groups or asks which device it runs
+on.
 """
 
-from .config import ParallelSection
-from .engine import Engine, OptimizerBuilder, TorchEngine
+from .config import ParallelSection, ZeroSection
+from .engine import Engine, OptimizerBuilder, build_engine
 from .fragments import Fragment
 from .hardware import Peak, memory_bytes, peak_flops
-from .layout import ParallelLayout, derive_seed
+from .layout import ParallelLayout
+from .placement import Placement, place_parameters
+from .randomness import derive_seed, seed_dropout
+from .tensor import TensorParallel
+from .torch_engine import TorchEngine
 
 __all__ = [
     "Engine",
@@ -17,8 +22,14 @@ __all__ = [
     "ParallelLayout",
     "ParallelSection",
     "Peak",
+    "Placement",
+    "TensorParallel",
     "TorchEngine",
+    "ZeroSection",
+    "build_engine",
     "derive_seed",
     "memory_bytes",
     "peak_flops",
+    "place_parameters",
+    "seed_dropout",
 ]

@@ -50,6 +50,11 @@ class Fragment:
         """ "kind/name": what a checkpoint calls the tensor."""
         return f"{self.kind}/{self.name}"
 
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The box as an index into the global tensor."""
+        return tuple(slice(start, start + size) for start, size in zip(self.offsets, self.tensor.shape, strict=True))
+
     @classmethod
     def whole(cls, name: str, kind: str, tensor: torch.Tensor) -> Fragment:
         """A tensor that lies on this rank entirely."""

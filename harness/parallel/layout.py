@@ -1,87 +1,140 @@
-"""Which process this is, what it computes on, and where its randomness comes from."""
+"""Which process this is, how the ranks divide a model and a batch, and where randomness comes from."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-from datetime import timedelta
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from harness.config import HarnessError
 
 from .config import ParallelSection
+from .processes import Identity, Processes
+from .randomness import ForwardSeeds, derive_seed
+from .tensor import TensorParallel
+from .watch import is_collective_failure
 
 
 class ParallelLayout:
     """The ranks, groups and seeds of a run; a context manager that owns the process groups.
 
-    The product of the axes is the number of processes. Only this room touches torch.distributed's global state.
+    world size = tensor size x data size. Tensor-parallel ranks are neighbours, so they share a machine where there are
+    several: rank = data rank x tensor size + tensor rank. Only this room touches torch.distributed's global state.
+    Raises HarnessError where the processes don't divide.
     """
 
     def __init__(self, section: ParallelSection) -> None:
         self.section = section
-        self.rank = _read_number("RANK", 0)
-        self.world_size = _read_number("WORLD_SIZE", 1)
-        if self.world_size != 1:
+        self.identity = Identity.from_environment()
+        self.rank, self.world_size = self.identity.rank, self.identity.world_size
+        if self.world_size % section.tensor:
             raise HarnessError(
-                f"rank {self.rank}: started with {self.world_size} processes (WORLD_SIZE), but this version trains on "
-                f"one; start it without torchrun, or with --nproc-per-node=1"
+                f"parallel.tensor: {self.world_size} processes do not divide into groups of {section.tensor}; start a "
+                f"multiple of {section.tensor} processes, or change parallel.tensor"
             )
-        self.tensor_rank, self.tensor_size = 0, 1
-        self.data_rank, self.data_size = 0, 1
-        self.device = _choose_device(section.device, _read_number("LOCAL_RANK", 0))
-        self._owns_process_group = False
+        self.tensor_size, self.data_size = section.tensor, self.world_size // section.tensor
+        self.tensor_rank, self.data_rank = self.rank % section.tensor, self.rank // section.tensor
+        self.device = _choose_device(section.device, self.identity.local_rank)
+        self.forward_seeds = ForwardSeeds()
+        self._processes: Processes | None = None
+        self._owns_processes = False
+
+    # ---- life ------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> ParallelLayout:
         if self.section.threads is not None:
             torch.set_num_threads(self.section.threads)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        if not dist.is_initialized():
-            # megatron-core's datasets ask for a process group even on one rank; a HashStore needs no port.
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
-                store=dist.HashStore(),
-                rank=self.rank,
-                world_size=self.world_size,
-                timeout=timedelta(seconds=self.section.timeout_seconds),
+        self._processes = Processes.current
+        if self._processes is None:
+            # On one rank too: megatron-core's datasets ask for a process group.
+            self._processes = Processes.meet(
+                self.identity, self.device, self.section.timeout_seconds, self.section.lost_after_seconds
             )
-            self._owns_process_group = True
+            self._owns_processes = True
+        self.tensor_group, self.data_group = self._processes.groups(self.tensor_size)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._owns_process_group:
-            dist.destroy_process_group()
-            self._owns_process_group = False
+        if self._owns_processes and self._processes is not None:
+            self._processes.close(error)
+            self._owns_processes = False
+        self._processes = None
+
+    def on_end(self, tell: Callable[[str], None]) -> None:
+        """Call `tell` with the reason, on another thread, before this process is ended because of another rank."""
+        if self._processes is not None and self._processes.watch is not None:
+            self._processes.watch.on_end = tell
+
+    def await_verdict(self, error: BaseException) -> None:
+        """Where `error` is a collective's that another rank did not come to: wait to be ended by what is found about
+        that rank. Returns, in a bounded time, where nothing is found."""
+        if self._processes is not None and self._processes.watch is not None and is_collective_failure(error):
+            self._processes.watch.wait_for_verdict()
+
+    # ---- what ranks tell each other ---------------------------------------------------------------------------------
+
+    def tensor_parallel(self) -> TensorParallel:
+        """The tensor-parallel part of the layout, for building a model."""
+        return TensorParallel(
+            self.tensor_group,
+            self.tensor_rank,
+            self.tensor_size,
+            sequence_parallel=self.section.sequence_parallel,
+            forward_seeds=self.forward_seeds,
+        )
+
+    def sum_over_data(self, tensor: Tensor) -> Tensor:
+        """`tensor`, summed in place over the data-parallel ranks."""
+        if self.data_size > 1:
+            dist.all_reduce(tensor, group=self.data_group)
+        return tensor
+
+    def all_agree(self, ok: bool) -> bool:
+        """Whether every rank came with True."""
+        if self.world_size == 1:
+            return ok
+        vote = torch.tensor([0 if ok else 1])
+        dist.all_reduce(vote)
+        return int(vote) == 0
+
+    def first_number(self, number: int) -> int:
+        """Rank 0's number, on all ranks."""
+        if self.world_size == 1:
+            return number
+        told = torch.tensor([number])
+        dist.broadcast(told, 0)
+        return int(told)
+
+    def first_decides(self, decide: Callable[[], Any]) -> Any:
+        """What `decide` returns on rank 0 (JSON), on all ranks, however long it takes; its HarnessError is raised on
+        all."""
+        assert self._processes is not None, "inside the layout's context only"
+        return self._processes.first_decides(decide)
+
+    # ---- randomness ------------------------------------------------------------------------------------------------
 
     def seed_everything(self, seed: int, purpose: str, step: int) -> None:
-        """Start torch's generators afresh from (seed, purpose, step), so that a resumed step draws what it drew
-        before."""
-        torch.manual_seed(derive_seed(seed, purpose, step))
+        """Start torch's generators and the dropout seeds afresh from (seed, purpose, step, data rank), so that a
+        resumed step draws what it drew before.
+
+        Tensor-parallel ranks start equal; where their masks must differ, seed_dropout takes the rank in.
+        """
+        torch.manual_seed(derive_seed(seed, purpose, step, self.data_rank))
+        self.forward_seeds.start(derive_seed(seed, purpose, step, self.data_rank, "dropout"))
 
     def __repr__(self) -> str:
-        return f"rank {self.rank} of {self.world_size} on {self.device}"
-
-
-def derive_seed(*parts: object) -> int:
-    """A seed below 2**63 from anything printable: the same parts give the same seed on every machine and rank."""
-    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-def _read_number(variable: str, default: int) -> int:
-    """A launcher's environment variable."""
-    text = os.environ.get(variable, str(default))
-    if not text.isdecimal():
-        raise HarnessError(
-            f"environment variable {variable} is {text!r}, not a number; unset it, or start with torchrun"
-        )
-    return int(text)
+        axes = f"tensor {self.tensor_size} x data {self.data_size}, ZeRO {self.section.zero_stage}"
+        if self.section.sequence_parallel:
+            axes += ", sequence parallel"
+        return f"rank {self.rank} of {self.world_size} on {self.device} ({axes})"
 
 
 def _choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -90,5 +143,10 @@ def _choose_device(wanted: str, local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         raise HarnessError(
             "parallel.device: cuda is asked for, but torch sees no GPU; use auto or cpu, or see `harness doctor`"
+        )
+    if local_rank >= torch.cuda.device_count():
+        raise HarnessError(
+            f"local rank {local_rank} has no GPU of its own: torch sees {torch.cuda.device_count()} here; start that "
+            f"many processes a machine, or set parallel.device=cpu"
         )
     return torch.device("cuda", local_rank)

@@ -1,4 +1,4 @@
-"""The folder of a run, written by rank 0.
+"""The folder of a run, written by rank 0; of the other ranks only a log.
 
 config.yaml              the resolved configuration of the newest start
 environment.json, .diff  what it ran on; what differed from the git commit
@@ -8,6 +8,7 @@ metrics.discarded.jsonl  steps that a resume went back behind
 events.jsonl             append-only: starts, saves, signals, with reasons
 tensorboard/             a view of metrics.jsonl
 train.log                lines for people
+ranks/rank-00003.log     the same of the other ranks
 checkpoints/             see harness.checkpoint
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import socket
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -36,16 +38,26 @@ METRICS, DISCARDED, EVENTS = "metrics.jsonl", "metrics.discarded.jsonl", "events
 class RunFolder:
     """Writes one run. Making one locks the folder and changes nothing in it; `begin` does.
 
-    Raises RunError where another process is writing into the folder.
+    A rank other than 0 locks nothing, and what it is told to record is left to rank 0. Raises RunError where another
+    process is writing into the folder, and where a rank does not see the folder that rank 0 made.
     """
 
-    def __init__(self, path: Path | str, *, tensorboard: bool = True) -> None:
+    def __init__(self, path: Path | str, *, tensorboard: bool = True, rank: int = 0) -> None:
         self.path = Path(path)
+        self.rank = rank
         self._with_tensorboard = tensorboard
         self._metrics: JsonLinesFile | None = None
         self._events: JsonLinesFile | None = None
         self._view: EventFileWriter | None = None
         self._last_step: int | None = None
+        self._lock: FolderLock | None = None
+        if rank > 0:
+            if not self.path.is_dir():
+                raise RunError(
+                    f"{self.path}: made by rank 0 and not seen by rank {rank} on {socket.gethostname()}; run.folder "
+                    f"must lie on a file system that all machines share"
+                )
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(self.path)
@@ -54,8 +66,8 @@ class RunFolder:
 
     @property
     def log_file(self) -> Path:
-        """train.log, for configure_logging."""
-        return self.path / "train.log"
+        """train.log, or this rank's own, for configure_logging."""
+        return self.path / ("train.log" if self.rank == 0 else f"ranks/rank-{self.rank:05d}.log")
 
     @property
     def checkpoints(self) -> Path:
@@ -73,6 +85,8 @@ class RunFolder:
         `resume_at` is the step of the checkpoint that the run goes on from (see the method of that name); None is a
         fresh start, and RunError where the folder has steps already. What describes an earlier start is kept.
         """
+        if self.rank > 0:
+            return
         last = self.existing()
         if resume_at is None and last is not None:
             raise RunError(
@@ -126,6 +140,8 @@ class RunFolder:
 
         Raises RunError where the step or a later one is recorded already, and for what is not a number.
         """
+        if self.rank > 0:
+            return
         if self._metrics is None:
             raise RunError(f"{self.path}: metrics before begin()")
         if self._last_step is not None and step <= self._last_step:
@@ -141,6 +157,8 @@ class RunFolder:
 
     def log_event(self, event: str, step: int | None = None, **details: Any) -> None:
         """Append to events.jsonl: what happened, when (UTC), at which step, and details that JSON can hold."""
+        if self.rank > 0:
+            return
         if self._events is None:
             raise RunError(f"{self.path}: event before begin()")
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -158,7 +176,8 @@ class RunFolder:
         if self._events is not None:
             self._events.close()
             self._events = None
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> RunFolder:
         return self

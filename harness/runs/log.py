@@ -33,18 +33,26 @@ class _ConsoleFormatter(logging.Formatter):
         return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
 
 
-def configure_logging(log_file: Path | None = None) -> None:
+def configure_logging(log_file: Path | None = None, *, silent_as: str | None = None) -> None:
     """Send the log to the console and, from now on, to the end of `log_file`.
 
-    harness speaks from INFO on, other libraries from WARNING on; Python's warnings are logged too. Repeating the call
-    replaces what the last one set up.
+    harness speaks from INFO on, other libraries from WARNING on; Python's warnings are logged too. `silent_as` names a
+    rank whose log stays off the console, errors excepted, which say that name. Repeating the call replaces what the
+    last one set up.
     """
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if getattr(handler, "of_harness", False)]:
         root.removeHandler(handler)
         handler.close()
-    handlers: list[logging.Handler] = [ConsoleHandler()]
-    handlers[0].setFormatter(_ConsoleFormatter())
+    console.quiet = silent_as is not None
+    handlers: list[logging.Handler]
+    if silent_as is None:
+        handlers = [ConsoleHandler()]
+        handlers[0].setFormatter(_ConsoleFormatter())
+    else:
+        handlers = [logging.StreamHandler()]
+        handlers[0].setLevel(logging.ERROR)
+        handlers[0].setFormatter(logging.Formatter(f"{silent_as}: %(message)s"))
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(log_file, encoding="utf-8"))

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .checks import host_sees
 from .sweep import Swept, Wanted, sweep
-from .types import Terms
+from .types import Terms, VocabShard
 
 
 def blocked_loss(
@@ -27,6 +27,7 @@ def blocked_loss(
     terms: Terms,
     reduction: str,
     outputs: Sequence[str],
+    shard: VocabShard,
 ) -> tuple[Tensor, dict[str, Tensor], int]:
     """Loss, outputs, and the NVD of forward and backward, of hidden (N, D), weight (rows, D), targets (N,).
 
@@ -36,15 +37,17 @@ def blocked_loss(
     names = tuple(dict.fromkeys(outputs))
     needed = Wanted(*(x is not None and x.requires_grad for x in (hidden, weight, bias)))
     if not (torch.is_grad_enabled() and any(needed)):
-        swept = sweep(hidden, weight, bias, targets, None, terms, Wanted(), names)
+        swept = sweep(hidden, weight, bias, targets, None, terms, shard, Wanted(), names)
         loss, _ = reduce_losses(swept, targets, token_weights, terms, reduction)
         return loss, swept.outputs, 2
     products = 2 * (needed.hidden + needed.weight)
     if reduction == "none":
-        loss, *rest = _Recomputed.apply(hidden, weight, bias, targets, token_weights, terms, names)
+        loss, *rest = _Recomputed.apply(hidden, weight, bias, targets, token_weights, terms, names, shard)
         nvd = 4 + products
     else:
-        loss, *rest = _FormedInForward.apply(hidden, weight, bias, targets, token_weights, terms, reduction, names)
+        loss, *rest = _FormedInForward.apply(
+            hidden, weight, bias, targets, token_weights, terms, reduction, names, shard
+        )
         nvd = 2 + products
     return loss, dict(zip(names, rest, strict=True)), nvd
 
@@ -85,8 +88,10 @@ class _FormedInForward(torch.autograd.Function):
         terms: Terms,
         reduction: str,
         outputs: tuple[str, ...],
+        shard: VocabShard,
     ) -> tuple[Tensor, ...]:
-        swept = sweep(hidden, weight, bias, targets, token_weights, terms, Wanted(*ctx.needs_input_grad[:3]), outputs)
+        wanted = Wanted(*ctx.needs_input_grad[:3])
+        swept = sweep(hidden, weight, bias, targets, token_weights, terms, shard, wanted, outputs)
         loss, factor = reduce_losses(swept, targets, token_weights, terms, reduction)
         # Saved as tensors rather than kept as attributes, so that activation checkpointing can drop and remake them.
         ctx.save_for_backward(swept.hidden_grad, swept.weight_grad, swept.bias_grad, factor)
@@ -110,7 +115,7 @@ class _FormedInForward(torch.autograd.Function):
         scale = upstream / ctx.temperature
         if factor is not None:
             scale = scale * factor
-        return (*scale_gradients(gradients, ctx.dtypes, scale), None, None, None, None, None)
+        return (*scale_gradients(gradients, ctx.dtypes, scale), None, None, None, None, None, None)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -126,11 +131,12 @@ class _Recomputed(torch.autograd.Function):
         token_weights: Tensor | None,
         terms: Terms,
         outputs: tuple[str, ...],
+        shard: VocabShard,
     ) -> tuple[Tensor, ...]:
-        swept = sweep(hidden, weight, bias, targets, None, terms, Wanted(), outputs)
+        swept = sweep(hidden, weight, bias, targets, None, terms, shard, Wanted(), outputs)
         loss, _ = reduce_losses(swept, targets, token_weights, terms, "none")
         ctx.save_for_backward(hidden, weight, bias, targets, token_weights)
-        ctx.terms = terms
+        ctx.terms, ctx.shard = terms, shard
         rest = [swept.outputs[name] for name in outputs]
         ctx.mark_non_differentiable(*rest)
         return loss, *rest
@@ -143,10 +149,10 @@ class _Recomputed(torch.autograd.Function):
         if token_weights is not None:
             factors = factors * token_weights.to(factors.dtype)
         wanted = Wanted(*ctx.needs_input_grad[:3])
-        swept = sweep(hidden, weight, bias, targets, factors, ctx.terms, wanted)
+        swept = sweep(hidden, weight, bias, targets, factors, ctx.terms, ctx.shard, wanted)
         gradients = [swept.hidden_grad, swept.weight_grad, swept.bias_grad]
         dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
-        return (*scale_gradients(gradients, dtypes, None), None, None, None, None)
+        return (*scale_gradients(gradients, dtypes, None), None, None, None, None, None)
 
 
 def scale_gradients(

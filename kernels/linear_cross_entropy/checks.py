@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .types import OUTPUTS, Terms, VocabShard
+from .vocab_parallel import agree
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -18,7 +19,12 @@ def host_sees(tensor: Tensor) -> bool:
 
 
 def check_tensors(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, token_weights: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    token_weights: Tensor | None,
+    shard: VocabShard | None,
 ) -> None:
     """Raises ValueError where shapes, dtypes or devices do not fit together."""
     named = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, "token_weights": token_weights}
@@ -34,7 +40,13 @@ def check_tensors(
         raise ValueError(f"weight must be (V, D) with V at least 1, got shape {tuple(weight.shape)}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1] or weight.shape[1] == 0:
         raise ValueError(f"hidden {tuple(hidden.shape)} must end in the D of weight {tuple(weight.shape)}")
-    if hidden.shape[:-1] != targets.shape:
+    if shard is not None and shard.sequence_parallel:
+        if hidden.shape[:-1].numel() * shard.ranks != targets.numel():
+            raise ValueError(
+                f"hidden {tuple(hidden.shape)} must hold 1/{shard.ranks} of the {targets.numel()} tokens of targets "
+                f"{tuple(targets.shape)}, since shard.sequence_parallel divides them equally among {shard.ranks} ranks"
+            )
+    elif hidden.shape[:-1] != targets.shape:
         raise ValueError(
             f"targets {tuple(targets.shape)} must have the shape of hidden {tuple(hidden.shape)} without D"
         )
@@ -68,8 +80,18 @@ def check_terms(terms: Terms, reduction: str, outputs: Sequence[str]) -> None:
             raise ValueError(f"outputs may name {', '.join(OUTPUTS)}; got {name!r}")
 
 
-def check_shard(shard: VocabShard, rows: int) -> None:
-    """Raises ValueError unless the weight's rows are the whole vocabulary, padding included."""
+def check_shard(shard: VocabShard, weight: Tensor) -> None:
+    """Raises ValueError unless the weight's rows, over all ranks, are the whole vocabulary, padding included.
+
+    The first time a shard over several ranks is seen all ranks compare theirs, and all raise the same error.
+    """
+    rows = len(weight)
+    if shard.ranks > 1:
+        if not shard.stops:
+            agree(shard, weight)
+        if shard.stop - shard.start != rows:
+            raise ValueError(f"weight has {rows} rows, its shard [{shard.start}, {shard.stop}) another number")
+        return
     if shard.start != 0 or shard.stop != rows:
         raise ValueError(
             f"shard [{shard.start}, {shard.stop}) must be all {rows} rows of weight: one rank holds them all"

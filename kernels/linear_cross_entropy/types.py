@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -21,18 +22,52 @@ class VocabShard:
     """Which rows of the vocabulary a weight holds: global ids start to stop, of which those below vocab_size are real.
 
     Rows at or beyond vocab_size are padding: they take no probability and get exactly zero gradient. A weight that
-    is not sharded has start 0 and as many rows as stop says. Raises ValueError where the three cannot be true together.
+    is not sharded has start 0 and as many rows as stop says.
+
+    group              the ranks that hold the vocabulary together: in rank order consecutive ranges from row 0 on, of
+                       any lengths; some may hold nothing but padding. None, or a group of one: this rank holds all.
+    sequence_parallel  hidden is this rank's equal, contiguous share of the tokens, in rank order, and not all of them.
+
+    The first loss computed with a shard compares it with those of the other ranks: one small collective, for which the
+    host waits. So make it once and keep it, on all ranks alike. (What is remembered hangs on the object and not on its
+    value: of two calls with equal values on one rank, another rank may see different ones.)
+
+    Raises ValueError where the values cannot be true together, or this process is not in the group.
     """
 
     start: int
     stop: int
     vocab_size: int
+    group: dist.ProcessGroup | None = None
+    sequence_parallel: bool = False
+    stops: tuple[int, ...] = field(default=(), init=False, repr=False, compare=False)
+    """Where each rank's rows end: set by the first loss, and empty before, and always where one rank holds all."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
             raise ValueError(f"VocabShard: 0 <= start < stop must hold, got start={self.start}, stop={self.stop}")
         if self.vocab_size < 1:
             raise ValueError(f"VocabShard: vocab_size must be at least 1, got {self.vocab_size}")
+        if self.group is not None and not (dist.is_available() and isinstance(self.group, dist.ProcessGroup)):
+            raise ValueError(
+                f"VocabShard: group must be a ProcessGroup that this process is in, or None, got {self.group!r}"
+            )
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that hold the vocabulary together."""
+        return 1 if self.group is None else self.group.size()
+
+    @property
+    def columns(self) -> int:
+        """Real rows here, that is columns of the logits; 0 where all is padding."""
+        return max(0, min(self.stop, self.vocab_size) - self.start)
+
+    @property
+    def most_columns(self) -> int:
+        """`columns` of the rank that has most: the same number on all ranks."""
+        stops = [min(stop, self.vocab_size) for stop in self.stops or (self.stop,)]
+        return max(stop - start for start, stop in zip([0, *stops], stops, strict=False))
 
 
 @dataclass(frozen=True)
@@ -47,8 +82,7 @@ class Terms:
     temperature: float = 1.0
 
 
-@dataclass(frozen=True)
-class LossOutput:
+class LossOutput(NamedTuple):
     """A loss, and what was asked for beside it; the outputs that were not asked for are None.
 
     `loss` is differentiable with respect to hidden, weight and bias. The other tensors have the shape of the targets,

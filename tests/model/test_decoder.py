@@ -137,7 +137,7 @@ def test_cached_generation_sees_what_a_whole_pass_sees(family: str) -> None:
     section = SECTIONS[family]
     model = random_model(section).eval()
     tokens = draw_tokens(section, 2, 23)
-    caches = [KeyValueCache(2, 23, section, model.token_embedding.weight) for _ in model.layers]
+    caches = [KeyValueCache(23) for _ in model.layers]
     with torch.no_grad():
         pieces = [model.logits(piece, caches) for piece in tokens.split([9, 1, 1, 5, 2, 1, 4], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, 1), model.logits(tokens), rtol=1e-4, atol=1e-5)

@@ -48,7 +48,7 @@ def test_counts_are_those_of_the_built_model() -> None:
         model = build_decoder(section, seed=0)
         padding = sum(
             (len(dict(model.named_parameters())[name]) - rows) * section.hidden_size
-            for name, rows in model.real_rows().items()
+            for name, rows in ((name, place.shape[0]) for name, place in model.placements().items())
         )
         counts = count_parameters(section)
         assert counts.total == sum(weight.numel() for weight in model.parameters()) - padding

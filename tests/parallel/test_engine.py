@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.parallel import TorchEngine
+from harness.parallel import TensorParallel, TorchEngine, place_parameters
 
 
 def build(precision: str, rate: float = 0.0) -> tuple[nn.Module, TorchEngine]:
@@ -32,7 +32,7 @@ def test_steps_equal_a_plain_loop() -> None:
     optimizer = torch.optim.AdamW(plain.parameters())
     for step in range(1, 8):
         for loss in draw_losses(model, 3, step):
-            engine.backward(loss, 17)
+            engine.backward(loss, 17, last=True)
         optimizer.zero_grad()
         (sum(draw_losses(plain, 3, step)) / 17).backward()
         expected = nn.utils.clip_grad_norm_(plain.parameters(), 0.05)
@@ -49,7 +49,7 @@ def test_steps_equal_a_plain_loop() -> None:
 
 def test_clipping_leaves_a_small_gradient_alone() -> None:
     model, engine = build("fp32")
-    engine.backward(draw_losses(model, 1, 0)[0], 1000)
+    engine.backward(draw_losses(model, 1, 0)[0], 1000, last=True)
     before = engine.grad_norm().clone()
     engine.clip(1.0)
     assert torch.equal(engine.grad_norm(), before)
@@ -66,7 +66,7 @@ def test_bf16_sums_and_steps_in_fp32() -> None:
         gradients = torch.autograd.grad(loss / 300, list(model.parameters()), retain_graph=True)
         for name, gradient in zip(parts, gradients, strict=True):
             parts[name].append(gradient.float())
-        engine.backward(loss, 300)
+        engine.backward(loss, 300, last=True)
     assert all(weight.grad is None for weight in model.parameters())
     total = torch.stack([torch.stack(grads).sum(0).square().sum() for grads in parts.values()]).sum().sqrt()
     torch.testing.assert_close(engine.grad_norm(), total, rtol=1e-4, atol=0)
@@ -81,7 +81,7 @@ def test_bf16_sums_and_steps_in_fp32() -> None:
 def test_fragments_carry_the_whole_state(precision: str) -> None:
     model, engine = build(precision)
     for step in range(3):
-        engine.backward(draw_losses(model, 1, step)[0], 5)
+        engine.backward(draw_losses(model, 1, step)[0], 5, last=True)
         engine.step(0.01)
     saved = {(f.name, f.kind): f.tensor.clone() for f in engine.fragments()}
     assert {kind for _, kind in saved} == {"master", "exp_avg", "exp_avg_sq", "step"}
@@ -91,7 +91,7 @@ def test_fragments_carry_the_whole_state(precision: str) -> None:
     other.refresh_weights()
     for step in range(3, 6):
         for each_model, each in ((model, engine), (other_model, other)):
-            each.backward(draw_losses(each_model, 1, step)[0], 5)
+            each.backward(draw_losses(each_model, 1, step)[0], 5, last=True)
             each.step(0.01)
     for ours, theirs in zip(model.parameters(), other_model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -99,7 +99,8 @@ def test_fragments_carry_the_whole_state(precision: str) -> None:
 
 def test_padded_rows_stay_out_of_fragments() -> None:
     model = nn.Sequential(nn.Linear(4, 6, bias=False))
-    engine = TorchEngine(model, lambda masters: torch.optim.AdamW(masters.values()), "fp32", {"0.weight": 5})
+    placements = place_parameters(model, TensorParallel(), {"0.weight": 5})
+    engine = TorchEngine(model, lambda masters: torch.optim.AdamW(masters.values()), "fp32", placements)
     shapes = {fragment.kind: fragment.global_shape for fragment in engine.fragments()}
     assert shapes == {"master": (5, 4), "exp_avg": (5, 4), "exp_avg_sq": (5, 4), "step": ()}
 

@@ -32,10 +32,21 @@ def test_a_step_draws_the_same_again() -> None:
     assert not torch.equal(draws[0], draws[1])
 
 
-def test_many_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "2")
-    with pytest.raises(HarnessError, match="rank 2: started with 4 processes"):
+    with pytest.raises(HarnessError, match=r"^parallel.tensor: 4 processes do not divide into groups of 3"):
+        ParallelLayout(ParallelSection(device="cpu", tensor=3))
+    with pytest.raises(ValueError, match="sequence_parallel divides among tensor-parallel ranks"):
+        ParallelSection(device="cpu", sequence_parallel=True)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with (
+        pytest.raises(HarnessError, match=r"^rank 2 on .*: 4 processes need MASTER_ADDR and MASTER_PORT"),
+        ParallelLayout(ParallelSection(device="cpu", tensor=2)),
+    ):
+        pass
+    monkeypatch.setenv("RANK", "4")
+    with pytest.raises(HarnessError, match="RANK 4 with WORLD_SIZE 4"):
         ParallelLayout(ParallelSection(device="cpu"))
 
 

@@ -1,0 +1,192 @@
+"""The processes of a job: who this one is, how it meets the others, what they say to each other outside of tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from harness.config import HarnessError
+
+from .watch import Watch
+
+POLL = timedelta(seconds=10)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What the launcher said in the environment."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @classmethod
+    def from_environment(cls) -> Identity:
+        """RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them; without them one process. Raises HarnessError."""
+        rank, world_size, local_rank = (
+            _read_number(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
+        if not 0 <= rank < world_size:
+            raise HarnessError(
+                f"environment: RANK {rank} with WORLD_SIZE {world_size}: ranks count from 0; use torchrun"
+            )
+        return cls(rank, world_size, local_rank)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {socket.gethostname()}"
+
+
+class FirstRankError(HarnessError):
+    """Rank 0's error, raised on another rank."""
+
+    said_elsewhere = True
+
+
+class Processes:
+    """The running process group. `meet` starts it, `close` ends it; one a process at a time.
+
+    Collectives take CPU tensors by gloo, and GPU tensors by NCCL where there is a GPU.
+    """
+
+    current: Processes | None = None
+
+    def __init__(self, identity: Identity, store: dist.Store, watch: Watch | None) -> None:
+        self.identity, self.watch = identity, watch
+        self._store = store
+        self._groups: dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
+        self._messages = 0
+
+    @classmethod
+    def meet(
+        cls, identity: Identity, device: torch.device, timeout_seconds: float, lost_after_seconds: float
+    ) -> Processes:
+        """Join the other ranks at MASTER_ADDR:MASTER_PORT, and begin to watch them.
+
+        Raises HarnessError where they don't come.
+        """
+        timeout, address = timedelta(seconds=timeout_seconds), ""
+        if identity.world_size == 1:
+            store: dist.Store = dist.HashStore()  # needs no port
+        else:
+            address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            if not address or not port.isdecimal():
+                raise HarnessError(
+                    f"{identity}: {identity.world_size} processes need MASTER_ADDR and MASTER_PORT, which are "
+                    f"{address!r} and {port!r}; start with torchrun or the scripts in launch/"
+                )
+            try:
+                store, _, _ = next(dist.rendezvous("env://", identity.rank, identity.world_size, timeout=timeout))
+            except (RuntimeError, ValueError, OSError) as error:
+                raise _unmet(identity, f"{address}:{port}", timeout_seconds, error) from None
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore("harness/group", store),
+                rank=identity.rank,
+                world_size=identity.world_size,
+                timeout=timeout,
+            )
+        except (RuntimeError, ValueError) as error:
+            if identity.world_size == 1:
+                raise
+            raise _unmet(identity, "the other ranks", timeout_seconds, error) from None
+        watch = None
+        if identity.world_size > 1:
+            watch = Watch(identity.rank, identity.world_size, address, lost_after_seconds=lost_after_seconds)
+            watch.start()
+        cls.current = cls(identity, dist.PrefixStore("harness/messages", store), watch)
+        return cls.current
+
+    def close(self, error: BaseException | None = None) -> None:
+        """End this rank's part, all work done or with an `error`, of which the other ranks hear.
+
+        An error that is another rank's to say is given `said_elsewhere`.
+        """
+        Processes.current = None
+        if self.watch is not None and error is not None and not isinstance(error, FirstRankError):
+            first = self.watch.report(f"{type(error).__name__}: {error}")
+            error.add_note(f"harness: this was {self.identity}")
+            error.said_elsewhere = not first  # type: ignore[attr-defined]
+            return  # the others may never come to where a process group is ended in order
+        if self.watch is not None:
+            self.watch.stop()
+        if error is None or self.watch is None:
+            dist.destroy_process_group()
+
+    def groups(self, tensor: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """This rank's tensor-parallel group, of neighbouring ranks, and its data-parallel group, of every `tensor`-th.
+
+        Made once a size: making groups again and again slows a process down.
+        """
+        if tensor not in self._groups:
+            world = self.identity.world_size
+            tensor_group = data_group = None
+            for start in range(0, world, tensor):
+                members = list(range(start, start + tensor))
+                group = dist.new_group(members)
+                tensor_group = group if self.identity.rank in members else tensor_group
+            for start in range(tensor):
+                members = list(range(start, world, tensor))
+                group = dist.new_group(members)
+                data_group = group if self.identity.rank in members else data_group
+            assert tensor_group is not None
+            assert data_group is not None
+            self._groups[tensor] = tensor_group, data_group
+        return self._groups[tensor]
+
+    def first_decides(self, decide: Callable[[], Any]) -> Any:
+        """What `decide` returns on rank 0 (JSON), on all ranks; its HarnessError is raised on all.
+
+        The others wait as long as it takes: tokenizing a corpus may take hours. A lost rank 0 ends the wait from
+        outside (watch.py).
+        """
+        self._messages += 1
+        key = f"decision/{self._messages}"
+        if self.identity.world_size == 1:
+            return decide()
+        if self.identity.rank == 0:
+            try:
+                value = decide()
+            except HarnessError as error:
+                self._store.set(key, json.dumps({"error": str(error)}))
+                raise
+            self._store.set(key, json.dumps({"value": value}))
+            return value
+        while True:
+            try:
+                self._store.wait([key], POLL)
+                break
+            except dist.DistStoreError as error:
+                if "timeout" not in str(error).lower():
+                    raise
+        message = json.loads(self._store.get(key))
+        if "error" in message:
+            raise FirstRankError(message["error"])
+        return message["value"]
+
+
+def _unmet(identity: Identity, where: str, timeout_seconds: float, error: Exception) -> HarnessError:
+    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return HarnessError(
+        f"{identity}: did not meet all {identity.world_size} ranks at {where} within {timeout_seconds:g} s "
+        f"(parallel.timeout_seconds): {reason}; check that the address and port can be reached from every machine"
+    )
+
+
+def _read_number(variable: str, default: int) -> int:
+    """A launcher's environment variable."""
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise HarnessError(
+            f"environment variable {variable} is {text!r}, not a number; unset it, or start with torchrun"
+        )
+    return int(text)
