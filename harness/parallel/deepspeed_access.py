@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -56,6 +57,8 @@ def load(device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # torch 2.13's warning about names that DeepSpeed calls, and that torch 2.11 has no others for.
+    warnings.filterwarnings("ignore", message=r".*_tensor` is deprecated", category=FutureWarning)
     try:
         import deepspeed
     except ImportError:
@@ -175,29 +178,30 @@ class Access:
         """Of the tensor-parallel rank's parameter, before data-parallel ranks divided it."""
         return tuple(weight.shape)
 
-    def local_state(self, weight: nn.Parameter) -> dict[str, tuple[int, Tensor]]:
-        """By kind: the start of this rank's range in the flattened parameter, and a view of its values; nothing where
-        it has no part."""
+    def local_state(self, weight: nn.Parameter) -> tuple[int, dict[str, Tensor]]:
+        """Where this rank's range begins in the flattened parameter, and by kind a view of its values; of no elements
+        where the rank has no part of it."""
         mapping = weight._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
-            return {}
-        flat, address = self._flat(weight), mapping.hp_fragment_address
-        part = slice(address.start, address.start + address.numel)
-        start = mapping.lp_fragment_address.start
-        kinds = {"master": flat, **self._inner.state[flat]}
-        return {kind: (start, value.detach()[part]) for kind, value in kinds.items() if value.dim() > 0}
+            return 0, self._views(self._flat(weight), 0, 0)
+        address = mapping.hp_fragment_address
+        return mapping.lp_fragment_address.start, self._views(self._flat(weight), address.start, address.numel)
 
-    def step_count(self, weight: nn.Parameter | None) -> Tensor:
-        """The optimizer's count for the partition of this parameter; of None, any: all are equal."""
-        flat = self._flat(weight) if weight is not None else next(iter(self._inner.state))
-        return self._inner.state[flat]["step"]
+    def step_count(self, weight: nn.Parameter) -> Tensor:
+        """The optimizer's count for the partition that this parameter is in, or would be."""
+        return self._inner.state[self._flat(weight)]["step"]
+
+    def _views(self, flat: Tensor, start: int, size: int) -> dict[str, Tensor]:
+        kinds = {"master": flat, **self._inner.state[flat]}
+        return {kind: value.detach()[start : start + size] for kind, value in kinds.items() if value.dim() > 0}
 
     @torch.no_grad()
     def refresh_weights(self) -> None:
         self._outer.update_lp_params()
 
     def _flat(self, weight: nn.Parameter) -> Tensor:
-        return self._inner.param_groups[weight._hp_mapping.param_group_index]["params"][0]  # type: ignore[attr-defined]
+        mapping = weight._hp_mapping  # type: ignore[attr-defined]
+        return self._inner.param_groups[0 if mapping is None else mapping.param_group_index]["params"][0]
 
 
 class Bf16Stage1Access(Access):
@@ -235,17 +239,11 @@ class Stage3Access(Access):
     def shape(self, weight: nn.Parameter) -> tuple[int, ...]:
         return tuple(weight.ds_shape)  # type: ignore[attr-defined]
 
-    def local_state(self, weight: nn.Parameter) -> dict[str, tuple[int, Tensor]]:
+    def local_state(self, weight: nn.Parameter) -> tuple[int, dict[str, Tensor]]:
         number, offset, size = self._outer.grad_position[self._outer.get_param_id(weight)]
         start = self._layout.data_rank * size
         real = max(min(size, weight.ds_numel - start), 0)  # type: ignore[attr-defined]
-        if real == 0:
-            return {}
-        flat = self._flats()[number]
-        kinds = {"master": flat, **self._inner.state[flat]}
-        return {
-            kind: (start, value.detach()[offset : offset + real]) for kind, value in kinds.items() if value.dim() > 0
-        }
+        return start if real else 0, self._views(self._flats()[number], offset, real)
 
     @torch.no_grad()
     def refresh_weights(self) -> None:

@@ -13,6 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renames these and warns about the old names, which are all that 2.11 and 2.12 have.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Copy(torch.autograd.Function):
     """The same tensor on all ranks, used differently on each: identity forward, sum of the gradients backward."""
@@ -87,12 +91,12 @@ class SplitTokens(torch.autograd.Function):
 def gather_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The ranks' rows, one rank after the other."""
     whole = x.new_empty((x.shape[0] * dist.get_world_size(group), *x.shape[1:]))
-    dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
+    _all_gather(whole, x.contiguous(), group=group)
     return whole
 
 
 def reduce_scatter_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """This rank's rows of the sum over ranks."""
     part = x.new_empty((x.shape[0] // dist.get_world_size(group), *x.shape[1:]))
-    dist.reduce_scatter_tensor(part, x.contiguous(), group=group)
+    _reduce_scatter(part, x.contiguous(), group=group)
     return part

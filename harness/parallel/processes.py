@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +18,8 @@ from harness.config import HarnessError
 
 from .watch import Watch
 
-POLL = timedelta(seconds=10)
+LONGEST_PAUSE_SECONDS = 0.5
+"""Between two looks at the store."""
 
 
 @dataclass(frozen=True)
@@ -161,13 +163,10 @@ class Processes:
                 raise
             self._store.set(key, json.dumps({"value": value}))
             return value
-        while True:
-            try:
-                self._store.wait([key], POLL)
-                break
-            except dist.DistStoreError as error:
-                if "timeout" not in str(error).lower():
-                    raise
+        pause = 0.01
+        while not self._store.check([key]):  # rather than `wait`, which logs a warning at each of its timeouts
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
         message = json.loads(self._store.get(key))
         if "error" in message:
             raise FirstRankError(message["error"])

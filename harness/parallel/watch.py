@@ -212,7 +212,7 @@ class Watch:
 
     def _exit(self, text: str | None, exit_status: int) -> None:
         if text is not None:  # in a thread, as a pipe that nobody reads would hold it for ever
-            line = f"harness: {self._name}: ended: {text}\n".encode(errors="replace")
+            line = f"harness: {self._name}: ended: {' '.join(text.split())}\n".encode(errors="replace")
             saying = threading.Thread(target=os.write, args=(2, line), daemon=True)
             saying.start()
             saying.join(1.0)

@@ -8,6 +8,7 @@ the loss is divided by the step's global count of tokens), the norm before the s
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -75,12 +76,10 @@ class ZeroEngine:
             place = self._placements[name]
             if owned and layout.tensor_rank > 0 and not place.sharded:
                 continue
-            local = self._access.local_state(weight)
-            for kind, (start, values) in local.items():
-                yield from _boxes(name, kind, place, self._access.shape(weight), start, values)
-            if owned and layout.tensor_rank == layout.data_rank == 0:
-                yield Fragment.whole(name, "step", self._access.step_count(None))
-            elif not owned and local:
+            start, values = self._access.local_state(weight)
+            for kind, value in values.items():
+                yield from _boxes(name, kind, place, self._access.shape(weight), start, value)
+            if not owned or layout.tensor_rank == layout.data_rank == 0:
                 yield Fragment.whole(name, "step", self._access.step_count(weight))
 
     def refresh_weights(self) -> None:
@@ -90,17 +89,16 @@ class ZeroEngine:
 def _boxes(
     name: str, kind: str, place: Placement, shape: tuple[int, ...], start: int, values: Tensor
 ) -> Iterator[Fragment]:
-    """A flat range of a local tensor of `shape` as boxes of the global one, padding left out."""
+    """A flat range of a local tensor of `shape` as boxes of the global one, padding left out; one without elements
+    where nothing remains, so that the rank is known to know the tensor."""
+    empty = True
     for offsets, sizes, first in flat_boxes(shape, start, start + values.numel()):
-        box = values[first - start :][: _product(sizes)].view(sizes)
         rows = min(sizes[0], place.shape[0] - offsets[0])
         if rows > 0:
+            box = values[first - start : first - start + prod(sizes)].view(sizes)
             where = tuple(whole + here for whole, here in zip(place.offsets, offsets, strict=True))
             yield Fragment(name, kind, place.global_shape, where, box[:rows])
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    count = 1
-    for size in sizes:
-        count *= size
-    return count
+            empty = False
+    if empty:
+        nothing = values.new_empty((0, *place.global_shape[1:]))
+        yield Fragment(name, kind, place.global_shape, (0,) * len(place.global_shape), nothing)

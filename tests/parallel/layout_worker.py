@@ -1,10 +1,10 @@
-"""Trains a list of settings, one after the other, in one group of processes; started by torchrun from tests."""
+"""Trains a list of settings, one after the other, in one group of processes; started from layout_table.py."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-import traceback
 from pathlib import Path
 
 import torch
@@ -16,17 +16,25 @@ from harness.train import train
 
 
 def main() -> None:
-    """`layout_worker.py JOBS`: a JSON list of settings; a job that fails writes `error.txt` into its run folder."""
+    """`layout_worker.py JOBS`: a JSON list of {settings, after}.
+
+    `after` = [run, step] begins with a copy of that run as it was at that step.
+    """
     torch.set_num_threads(1)
     jobs = json.loads(Path(sys.argv[1]).read_text())
     with ParallelLayout(ParallelSection(device="cpu", timeout_seconds=120)) as layout:
-        for values in jobs:
-            settings = validate(Settings, values, "layout_worker")
-            try:
-                train(settings)
-            except Exception:
-                (settings.run.path / f"error-{layout.rank}.txt").write_text(traceback.format_exc())
-                raise
+        for job in jobs:
+            settings = validate(Settings, job["settings"], "layout_worker")
+            if job.get("after"):
+                layout.first_decides(lambda job=job, to=settings.run.path: copy_run(*job["after"], to))
+            train(settings)
+
+
+def copy_run(source: str, step: int, to: Path) -> None:
+    shutil.copytree(source, to)
+    for folder in (to / "checkpoints").glob("step-*"):
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

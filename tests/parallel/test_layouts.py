@@ -1,0 +1,45 @@
+"""Tensor, sequence and ZeRO parallelism follow one rank: real processes on gloo, one launch a world size.
+
+The whole table is in benchmarks/parallel_layouts.json (layout_table.py writes it); here is a pairwise cover of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from harness.config import plain
+from tests.parallel.layout_table import TOLERANCE, all_cases, compare, launch, pairwise_cover, train_references
+
+pytest.importorskip("deepspeed", reason="ZeRO stages 1 to 3 need the extra `zero`")
+
+COVER = pairwise_cover(all_cases())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("layouts")
+    train_references(place)
+    return place
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_layouts_follow_one_rank(folder: Path, world_size: int) -> None:
+    cases = [case for case in COVER if case.world_size == world_size]
+    jobs = [{"settings": plain(case.settings(folder))} for case in cases]
+    # At the same size, every second one goes on from another's tenth step: checkpoints are of no layout.
+    resumed = [
+        (f"{case}-resumed", case, other)
+        for case, other in zip(cases, cases[::-1], strict=True)
+        if case.reference == other.reference and case != other
+    ][:4]
+    for name, case, other in resumed:
+        jobs.append(
+            {"settings": plain(case.settings(folder, name=name)), "after": [str(folder / "runs" / str(other)), 10]}
+        )
+    launch(world_size, jobs, folder)
+    for name, case in [(str(case), case) for case in cases] + [(name, case) for name, case, _ in resumed]:
+        result = compare(folder / "runs" / name, folder / "runs" / case.reference)
+        assert result.pop("fell_by") > 0.1, "a loss that stands still proves nothing"
+        assert all(result[key] <= TOLERANCE[key] for key in result), f"{name}: {result}"
