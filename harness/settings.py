@@ -13,6 +13,7 @@ from harness.evaluate import EvaluateSection, GenerateSection, SummarySection
 from harness.model import LossSection, ModelSection
 from harness.optim import OptimizerSection, ScheduleSection, decay_steps
 from harness.parallel import ParallelSection
+from harness.plan import DryRunSection
 from harness.runs import RunSection
 
 
@@ -45,6 +46,10 @@ class TrainSection(Section):
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: go on from the run's newest good checkpoint if there is one. never: refuse a run folder that was used.
     must: refuse to start without a checkpoint."""
+
+    dry_run: bool = False
+    """Train nothing: lay the job out on this one process and print what the rank that `dry_run` names would be and
+    hold. Needs no data, no GPU and no other processes, and writes nothing."""
 
     @model_validator(mode="after")
     def _micro_batches_fit(self) -> TrainSection:
@@ -96,6 +101,8 @@ class Settings(Section):
     """`harness evaluate`."""
     generate: GenerateSection = GenerateSection()
     """`harness generate`."""
+    dry_run: DryRunSection = DryRunSection()
+    """What `train.dry_run=true` lays out."""
 
     @model_validator(mode="after")
     def _check(self) -> Settings:

@@ -20,7 +20,8 @@ from harness.data import Batch, Prepared, TokenStream, open_prepared, prepare_fo
 from harness.evaluate import Summary
 from harness.model import build_decoder, count_parameters, flops_per_token, initialise_masters
 from harness.optim import build_adamw, learning_rate
-from harness.parallel import ParallelLayout, Peak, build_engine, memory_bytes, peak_flops
+from harness.parallel import ParallelLayout, Peak, build_divider, build_engine, memory_bytes, peak_flops
+from harness.plan import print_dry_run
 from harness.runs import Progress, RunFolder, configure_logging
 from harness.settings import Settings
 
@@ -49,6 +50,9 @@ def train(settings: Settings, callbacks: Sequence[Callback] = ()) -> TrainResult
 
     `callbacks` run after the configured ones. Raises HarnessError for bad input and NonFiniteError before a bad step.
     """
+    if settings.train.dry_run:
+        print_dry_run(settings)
+        return TrainResult(settings.run.path, 0, None)
     with (
         ParallelLayout(settings.parallel) as layout,
         open_run(settings, layout) as run,
@@ -91,6 +95,7 @@ class Trainer:
             recompute=settings.train.recompute,
             compile_blocks=settings.train.compile,
             tensor=layout.tensor_parallel(),
+            divide=build_divider(layout, settings.train.precision),
         )
         self.engine = build_engine(
             self.model,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from harness.parallel import Fragment, TensorParallel, derive_seed
+from harness.parallel import Fragment, Placement, TensorParallel, derive_seed
 
 from .config import LossSection, ModelSection
 from .decoder import Decoder
@@ -23,17 +23,27 @@ def build_decoder(
     recompute: str = "none",
     compile_blocks: bool = False,
     tensor: TensorParallel | None = None,
+    divide: Callable[[nn.Module], None] | None = None,
 ) -> Decoder:
     """A decoder in fp32 on `device`, its weights drawn from (seed, name, global shape): of those, this
     tensor-parallel rank's part.
 
-    recompute: none, selective or full activation checkpointing of the blocks.
+    recompute: none, selective or full activation checkpointing of the blocks. `divide` is called with each block, and
+    each other part, as soon as its weights are drawn, and may leave less of it here (ZeRO stage 3), so that no rank
+    ever holds all.
     """
     with torch.device("meta"):
         model = Decoder(section, loss or LossSection(), recompute, tensor)
-    model.to_empty(device=device)
-    model.tie_head()  # to_empty gives each module a tensor of its own
-    initialise(model, section, seed)
+    placements = model.placements()
+    for prefix, part in model.parts():
+        if part is model.head and section.tied_head:
+            model.tie_head()  # to_empty would give it a tensor of its own
+        else:
+            part.to_empty(device=device)
+            for name, weight in part.named_parameters(prefix):
+                initialise(name, weight, placements[name], section, seed)
+        if divide is not None:
+            divide(part)
     if compile_blocks:
         for block in model.layers:
             block.compile()
@@ -41,13 +51,10 @@ def build_decoder(
 
 
 @torch.no_grad()
-def initialise(model: Decoder, section: ModelSection, seed: int) -> None:
-    """Fill every parameter of `model`, one at a time: gains 1, biases and padded rows 0, the rest normal."""
-    placements = model.placements()
-    for name, weight in model.named_parameters():
-        place = placements[name]
-        weight[place.shape[0] :] = 0.0
-        weight[: place.shape[0]] = initial_value(name, section, seed, place.global_shape)[place.slices]
+def initialise(name: str, weight: Tensor, place: Placement, section: ModelSection, seed: int) -> None:
+    """Fill a parameter: gains 1, biases and padded rows 0, the rest normal."""
+    weight[place.shape[0] :] = 0.0
+    weight[: place.shape[0]] = initial_value(name, section, seed, place.global_shape)[place.slices]
 
 
 @torch.no_grad()

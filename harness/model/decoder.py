@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -83,6 +83,14 @@ class Decoder(nn.Module):
         """Let a tied head use the token embedding's parameter."""
         if self.section.tied_head:
             self.head.weight = cast(nn.Parameter, self.token_embedding.weight)
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that hold parameters, each block one of them, by name and in the order of the forward pass."""
+        for name, child in self.named_children():
+            if isinstance(child, nn.ModuleList):
+                yield from ((f"{name}.{number}", block) for number, block in enumerate(child))
+            elif any(True for _ in child.parameters()):
+                yield name, child
 
     def forward(
         self,

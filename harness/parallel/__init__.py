@@ -6,30 +6,38 @@ on.
 """
 
 from .config import ParallelSection, ZeroSection
-from .engine import Engine, OptimizerBuilder, build_engine
+from .engine import Engine, OptimizerBuilder, build_divider, build_engine
 from .fragments import Fragment
 from .hardware import Peak, memory_bytes, peak_flops
 from .layout import ParallelLayout
 from .placement import Placement, place_parameters
+from .pretend import pretended_layout
+from .processes import Identity
 from .randomness import derive_seed, seed_dropout
+from .state_size import StatePart, state_parts
 from .tensor import TensorParallel
 from .torch_engine import TorchEngine
 
 __all__ = [
     "Engine",
     "Fragment",
+    "Identity",
     "OptimizerBuilder",
     "ParallelLayout",
     "ParallelSection",
     "Peak",
     "Placement",
+    "StatePart",
     "TensorParallel",
     "TorchEngine",
     "ZeroSection",
+    "build_divider",
     "build_engine",
     "derive_seed",
     "memory_bytes",
     "peak_flops",
     "place_parameters",
+    "pretended_layout",
     "seed_dropout",
+    "state_parts",
 ]

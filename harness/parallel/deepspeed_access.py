@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -104,6 +105,25 @@ def settings(layout: ParallelLayout, precision: str) -> dict[str, Any]:
         "gradient_clipping": 0.0,
         "steps_per_print": 10**9,
     }
+
+
+def build_divider(layout: ParallelLayout, precision: str) -> Callable[[nn.Module], None]:
+    """Stage 3's division of parameters, for parts of a model while it is built."""
+    deepspeed = load(layout.device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+
+    def divide(part: nn.Module) -> None:
+        # Without mem_efficient_linear: it would replace torch's linear function in the whole process.
+        deepspeed.zero.Init(
+            module=part,
+            data_parallel_group=layout.data_group,
+            config_dict_or_path=settings(layout, precision),
+            mpu=_ModelParallelUnit(layout),
+            dtype=dtype,
+            mem_efficient_linear=False,
+        )
+
+    return divide
 
 
 def start(model: nn.Module, optimizer: torch.optim.Optimizer, precision: str, layout: ParallelLayout) -> Access:

@@ -60,6 +60,16 @@ class Engine(Protocol):
         """Bring the weights that the model computes with in line with the masters, after these were loaded."""
 
 
+def build_divider(layout: ParallelLayout, precision: str) -> Callable[[nn.Module], None] | None:
+    """What takes each part of a model as soon as it is built and leaves this rank's share of its weights; None below
+    ZeRO stage 3."""
+    if layout.section.zero_stage < 3:
+        return None
+    from .deepspeed_access import build_divider
+
+    return build_divider(layout, precision)
+
+
 def build_engine(
     model: nn.Module,
     build_optimizer: OptimizerBuilder,

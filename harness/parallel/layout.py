@@ -27,9 +27,12 @@ class ParallelLayout:
     Raises HarnessError where the processes don't divide.
     """
 
-    def __init__(self, section: ParallelSection) -> None:
+    def __init__(
+        self, section: ParallelSection, identity: Identity | None = None, device: torch.device | None = None
+    ) -> None:
+        """Who this process is, the environment says, and where it computes, the section, unless given."""
         self.section = section
-        self.identity = Identity.from_environment()
+        self.identity = identity or Identity.from_environment()
         self.rank, self.world_size = self.identity.rank, self.identity.world_size
         if self.world_size % section.tensor:
             raise HarnessError(
@@ -38,7 +41,7 @@ class ParallelLayout:
             )
         self.tensor_size, self.data_size = section.tensor, self.world_size // section.tensor
         self.tensor_rank, self.data_rank = self.rank % section.tensor, self.rank // section.tensor
-        self.device = _choose_device(section.device, self.identity.local_rank)
+        self.device = device or _choose_device(section.device, self.identity.local_rank)
         self.forward_seeds = ForwardSeeds()
         self._processes: Processes | None = None
         self._owns_processes = False
@@ -78,6 +81,16 @@ class ParallelLayout:
         that rank. Returns, in a bounded time, where nothing is found."""
         if self._processes is not None and self._processes.watch is not None and is_collective_failure(error):
             self._processes.watch.wait_for_verdict()
+
+    @property
+    def tensor_ranks(self) -> list[int]:
+        """The ranks that share this one's model, in the order of their parts."""
+        return dist.get_process_group_ranks(self.tensor_group)
+
+    @property
+    def data_ranks(self) -> list[int]:
+        """The ranks that have this one's part of the model and other samples."""
+        return dist.get_process_group_ranks(self.data_group)
 
     # ---- what ranks tell each other ---------------------------------------------------------------------------------
 
