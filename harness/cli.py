@@ -149,6 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; bad input is one line on stderr and exit status 2."""
     options = build_parser().parse_args(arguments)
     try:
+        if options.verb != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise HarnessError("runs on one process; start it without torchrun, whatever layout trained the model")
         VERBS[options.verb](getattr(options, "config", ""), getattr(options, "overrides", []))
     except HarnessError as error:
         if not said_elsewhere(error):

@@ -13,6 +13,13 @@ if __name__ == "kernels":
     def __getattr__(name: str) -> object:
         raise AttributeError(f"{name}: this package is imported as harness.kernels")
 else:
-    from .linear_cross_entropy import IGNORE_INDEX, OUTPUTS, LossOutput, VocabShard, linear_cross_entropy
+    from .linear_cross_entropy import (
+        IGNORE_INDEX,
+        OUTPUTS,
+        LossOutput,
+        VocabShard,
+        chunk_length,
+        linear_cross_entropy,
+    )
 
-    __all__ = ["IGNORE_INDEX", "OUTPUTS", "LossOutput", "VocabShard", "linear_cross_entropy"]
+    __all__ = ["IGNORE_INDEX", "OUTPUTS", "LossOutput", "VocabShard", "chunk_length", "linear_cross_entropy"]

@@ -14,7 +14,7 @@ from .placement import Placement, place_parameters
 from .pretend import pretended_layout
 from .processes import Identity
 from .randomness import derive_seed, seed_dropout
-from .state_size import StatePart, state_parts
+from .state_size import StatePart, state_parts, stays_whole
 from .tensor import TensorParallel
 from .torch_engine import TorchEngine
 
@@ -40,4 +40,5 @@ __all__ = [
     "pretended_layout",
     "seed_dropout",
     "state_parts",
+    "stays_whole",
 ]

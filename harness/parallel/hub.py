@@ -2,7 +2,8 @@
 
 Every rank holds one TCP connection to the hub and says `beat` over it at a steady interval; the hub says `beat` back.
 Messages are JSON objects, one a line; nothing but numbers and text is ever read from them. A connection that closes
-means that its process is gone; one that falls silent, that its process hangs or its host is out of reach.
+means that its process is gone; one that falls silent, that its process hangs or its host is out of reach (or that its
+process is gone, and a forked child of it holds the connection open).
 """
 
 from __future__ import annotations

@@ -48,6 +48,11 @@ def state_parts(
     return _by_group(groups, small, section, data_size, data_rank)
 
 
+def stays_whole(elements: int, section: ParallelSection) -> bool:
+    """Whether a parameter of so many elements is on every data-parallel rank at stage 3."""
+    return elements <= section.zero.keep_whole_below
+
+
 def _whole(elements: int, small: int) -> list[StatePart]:
     """Stage 0. In fp32 the weights are the masters."""
     return [
@@ -106,7 +111,7 @@ def _by_parameter(
     """Stage 3: each parameter is padded and cut into equal shares; small ones are kept whole beside their share."""
     sizes = [size for group in groups for size in group]
     share = sum(-(-size // data_size) for size in sizes)
-    whole = sum(size for size in sizes if size <= section.zero.keep_whole_below)
+    whole = sum(size for size in sizes if stays_whole(size, section))
     gathered = min(section.zero.live_elements, sum(sizes) - whole)
     return [
         StatePart("weights", share, small, divided=True),

@@ -1,8 +1,9 @@
 """How a job of many ranks ends when one of them dies, hangs or fails alone, or when the link between hosts is cut.
 
-A collective cannot be relied on for this: NCCL waits for a dead peer, gloo for a hanging one, until the process group's
-timeout, and neither says who it was. So each rank runs a daemon thread that exchanges signs of life with rank 0's `Hub`
-(hub.py) and ends the process when the hub says why the job ends, or when the hub itself is not heard any more.
+A collective cannot be relied on for this: gloo waits for a hanging rank, and for one behind a cut link, until the
+process group's timeout, and its error does not say which rank that was. So each rank runs a daemon thread that
+exchanges signs of life with rank 0's `Hub` (hub.py), and that ends the process when the hub says why the job ends, or
+when the hub itself is not heard any more.
 
 The stated bound: from the death of a rank, its hanging, or the cut of a link, until every other process has ended, at
 most `bound_seconds` = lost_after_seconds + 2 * interval_seconds + 5 seconds, where the interval is a tenth of
@@ -61,7 +62,8 @@ class Watch:
     `on_end(text)` is called, in the watch's thread and for at most 4 s, before this process is ended: set it to
     write the reason into a log. Then the process ends without further clean-up, as its main thread may be stuck in a
     collective: with EXIT_LOST where ranks were lost, with EXIT_FAILED where another rank failed. One line goes to
-    stderr, from rank 0 (which learns of every verdict) and from ranks that cannot hear rank 0:
+    stderr, from rank 0 (unless a rank on its own host has said itself that it failed) and from ranks that don't hear
+    rank 0:
 
         harness: rank 0 on nodeA: ended: lost rank 2 on nodeB (its connection closed)
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 
@@ -57,12 +58,12 @@ class DryRun:
     @property
     def padding(self) -> int:
         """Elements on this rank that belong to no parameter."""
-        return sum(shape.count * (_product(shape.local) - _product(shape.place.shape)) for shape in self.shapes)
+        return sum(shape.count * (prod(shape.local) - prod(shape.place.shape)) for shape in self.shapes)
 
     @property
     def elements(self) -> int:
         """Parameters on this rank before data-parallel ranks divide them, padding included."""
-        return sum(shape.count * _product(shape.local) for shape in self.shapes)
+        return sum(shape.count * prod(shape.local) for shape in self.shapes)
 
     @property
     def activation_bytes(self) -> int:
@@ -157,7 +158,3 @@ def _shapes(weights: Mapping[str, torch.Tensor], placements: Mapping[str, Placem
         known = found.get((shape.name, shape.local, shape.place))
         found[shape.name, shape.local, shape.place] = replace(known, count=known.count + 1) if known else shape
     return list(found.values())
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    return torch.Size(sizes).numel()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import prod
 
-from harness.parallel import Identity
+from harness.parallel import Identity, stays_whole
 
 from .activations import Terms, kept_terms, outside_terms, recomputed_bytes
 from .dry_run import DryRun, ParameterShape, lay_out
@@ -70,10 +71,8 @@ def _parameters(run: DryRun) -> Iterator[str]:
         row = [shape.name, _shape(shape.local), _shape(shape.place.global_shape), _part(shape), layers]
         rows.append([*row, _kept(shape, run)] if zero else row)
     yield from _columns(rows)
-    yield (
-        f"in all {run.counts.total:,} parameters, {run.counts.blocks:,} of them in the blocks; {run.elements:,} elements "
-        f"on tensor rank {run.tensor_rank}, {run.padding:,} of them padding"
-    )
+    yield f"in all {run.counts.total:,} parameters, {run.counts.blocks:,} of them in the blocks"
+    yield f"on tensor rank {run.tensor_rank} {run.elements:,} elements, {run.padding:,} of them padding"
 
 
 def _memory(run: DryRun) -> Iterator[str]:
@@ -94,17 +93,12 @@ def _memory(run: DryRun) -> Iterator[str]:
     yield from _columns(rows)
     yield ""
     device = "the CPU" if run.work.on_host else "a GPU"
-    yield (
-        f"Activations are estimated for {device}, {run.work.precision}, recompute {run.work.recompute}: what autograd keeps, "
-        f"as Korthikanti et al. count it"
-    )
-    yield "(arXiv 2205.05198, section 4), for this decoder and fused attention. In bytes a token,"
-    yield f"  each of {run.work.model.layers} blocks: {_terms(kept_terms(run.work))}"
-    yield f"  beside them: {_terms(outside_terms(run.work))}"
-    yield (
-        "Not counted: temporaries of single operations and collectives, what CUDA and NCCL take for themselves, unused "
-        "pieces of torch's cache."
-    )
+    kept, beside = _terms(kept_terms(run.work)), _terms(outside_terms(run.work))
+    yield f"Activations, an estimate for {device}: what autograd keeps, in bytes a token (as arXiv 2205.05198 counts it)"
+    yield f"  in each of {run.work.model.layers} blocks, recompute {run.work.recompute}: {kept}"
+    yield f"  beside them: {beside}"
+    yield "Not counted: temporaries of single operations and collectives, what CUDA and NCCL take for themselves,"
+    yield "and unused pieces of torch's cache."
 
 
 def _part(shape: ParameterShape) -> str:
@@ -119,12 +113,8 @@ def _part(shape: ParameterShape) -> str:
 
 
 def _kept(shape: ParameterShape, run: DryRun) -> str:
-    size = 1
-    for length in shape.local:
-        size *= length
-    if size <= run.parallel.zero.keep_whole_below:
-        return "whole"
-    return f"{-(-size // run.data_size):,} elements"
+    size = prod(shape.local)
+    return "whole" if stays_whole(size, run.parallel) else f"{-(-size // run.data_size):,} elements"
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -5,6 +5,7 @@ Read interface.py first (what it computes), then blocked.py (how the gradients a
 """
 
 from .interface import linear_cross_entropy
+from .sweep import chunk_length
 from .types import IGNORE_INDEX, OUTPUTS, LossOutput, VocabShard
 
-__all__ = ["IGNORE_INDEX", "OUTPUTS", "LossOutput", "VocabShard", "linear_cross_entropy"]
+__all__ = ["IGNORE_INDEX", "OUTPUTS", "LossOutput", "VocabShard", "chunk_length", "linear_cross_entropy"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from harness.kernels import VocabShard, linear_cross_entropy
 from harness.kernels.linear_cross_entropy import checks
@@ -35,6 +36,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"shard": VocabShard(0, 8, 7)}, r"shard \[0, 8\) must be all 7 rows of weight"),
     ({"shard": VocabShard(1, 7, 7)}, r"shard \[1, 7\) must be all 7 rows of weight"),
     ({"shard": VocabShard(0, 7, 8)}, "shard.vocab_size 8 exceeds the 7 rows of weight"),
+    ({"hidden": HIDDEN[:1], "shard": VocabShard(0, 7, 7, None, True)}, r"hidden \(1, 3, 4\) must hold 1/1 of the 6"),
 ]
 
 
@@ -68,3 +70,8 @@ def test_a_target_out_of_range_is_asserted_on_a_device(monkeypatch: pytest.Monke
 def test_impossible_shards(start: int, stop: int, vocab_size: int) -> None:
     with pytest.raises(ValueError, match="VocabShard"):
         VocabShard(start, stop, vocab_size)
+
+
+def test_a_shard_of_a_group_that_this_process_is_not_in() -> None:
+    with pytest.raises(ValueError, match="group must be a ProcessGroup that this process is in, or None, got -100"):
+        VocabShard(0, 4, 4, group=dist.GroupMember.NON_GROUP_MEMBER)

@@ -100,8 +100,8 @@ def settings_of(
         data={"sequence_length": 24, "mask_after_end_of_text": True, "document_masking": family == "llama"},
         model={**SIZE, **FAMILIES[family], "tied_head": tied},
         loss={"z_loss": 1e-4, "label_smoothing": 0.05 if family == "gpt2" else 0.0},
-        # With AdamW's usual epsilon a gradient that is zero but for rounding (a key's bias) moves its weight by the whole
-        # learning rate, this way or that.
+        # With AdamW's usual epsilon a gradient that is zero but for rounding (a key's bias) moves its weight by the
+        # whole learning rate, this way or that.
         optimizer={"learning_rate": 5e-3, "clip_norm": 0.7, "epsilon": 1e-4},
         train={
             "steps": STEPS,
