@@ -57,6 +57,7 @@ def train(settings: Settings, callbacks: Sequence[Callback] = ()) -> TrainResult
         ParallelLayout(settings.parallel) as layout,
         open_run(settings, layout) as run,
     ):
+        _compare_settings(settings, layout)
         configure_logging(run.log_file, silent_as=str(layout.identity) if layout.rank > 0 else None)
         trainer = Trainer(settings, layout, run, callbacks)
         layout.on_end(lambda reason: run.log_event("stopped", step=trainer.step, reason=reason))
@@ -64,6 +65,7 @@ def train(settings: Settings, callbacks: Sequence[Callback] = ()) -> TrainResult
             return trainer.fit()
         except (KeyboardInterrupt, Exception) as error:
             layout.await_verdict(error)
+            layout.on_end(lambda reason: None)  # this rank's own reason is the one on record
             run.log_event("stopped", step=trainer.step, reason=f"{type(error).__name__}: {error}")
             raise
         finally:
@@ -236,7 +238,8 @@ class Trainer:
         state = self.store.read_state(step)
         changes = _changes(state["settings"], plain(self.settings))
         may_change = MAY_CHANGE | ({"model.max_positions"} if self.settings.model.positions == "rope" else set())
-        refused = [line for key, line in changes.items() if key.startswith("model.") and key not in may_change]
+        lines = {key: f"{key}: was {before}, now {now}" for key, (before, now) in changes.items()}
+        refused = [line for key, line in lines.items() if key.startswith("model.") and key not in may_change]
         if state["tokenizer"] != self.prepared.tokenizer.fingerprint:
             refused.append("data.tokenizer: another tokenizer")
         if state["step"] > self.total_steps:
@@ -252,7 +255,7 @@ class Trainer:
         self.step, self.tokens_seen = state["step"], state["tokens_seen"]
         for callback in self.callbacks:
             callback.load_state_dict(state["callbacks"].get(callback.name, {}))
-        for line in changes.values():
+        for line in lines.values():
             logger.info("resumed with a change: %s", line)
 
     def _open_run(self, start: int | None) -> None:
@@ -308,6 +311,15 @@ def open_run(settings: Settings, layout: ParallelLayout) -> RunFolder:
     return run if run is not None else make(layout.rank)
 
 
+def _compare_settings(settings: Settings, layout: ParallelLayout) -> None:
+    """Raises HarnessError where a rank was started with other settings than rank 0: its collectives would not meet."""
+    mine = plain(settings)
+    differences = _changes(layout.first_decides(lambda: mine), mine)
+    if differences:
+        said = "; ".join(f"{key}: there {first}, here {here}" for key, (first, here) in differences.items())
+        raise HarnessError(f"other settings than rank 0's ({said}); start every machine with the same configuration")
+
+
 def _prepare(settings: Settings, layout: ParallelLayout) -> Prepared:
     """The tokenized corpora: rank 0 makes what is missing while the others wait."""
     prepared: Prepared | None = None
@@ -337,13 +349,13 @@ def _starting_step(settings: Settings, run: RunFolder, store: CheckpointStore) -
     return newest
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """The keys whose values differ, each with a line that says how."""
-    lines: dict[str, str] = {}
+def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The keys whose values differ, each with both."""
+    values: dict[str, tuple[Any, Any]] = {}
     for key in [*old, *(key for key in new if key not in old)]:
         before, after, name = old.get(key), new.get(key), prefix + key
         if isinstance(before, dict) and isinstance(after, dict):
-            lines |= _changes(before, after, name + ".")
+            values |= _changes(before, after, name + ".")
         elif before != after:
-            lines[name] = f"{name}: was {before}, now {after}"
-    return lines
+            values[name] = before, after
+    return values

@@ -16,7 +16,7 @@ set -euo pipefail
 : "${RDZV_ID:=}"                 # c10d: name of this start, the same on all machines, another for every run
 : "${RDZV_IS_HOST:=}"            # c10d: true on the machine of RDZV_ENDPOINT, false on the others; empty: by its name
 : "${RDZV_LOCAL_ADDR:=}"         # c10d: address of this machine, as the others reach it; empty: its host name
-: "${JOIN_TIMEOUT_SECONDS:=600}" # how long to wait for the other machines
+: "${JOIN_TIMEOUT_SECONDS:=600}" # how long to wait for the other machines (c10d: 60 for that of the endpoint)
 : "${VENV:=}"                    # virtual environment; empty: .venv in the repository if there, else PATH decides
 : "${OMP_NUM_THREADS:=}"         # CPU threads of a process; empty: the cores, shared out
 : "${SHOW_COMMAND:=0}"           # 1: print the command and start nothing

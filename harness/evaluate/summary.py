@@ -96,10 +96,11 @@ class Summary(Callback):
             lines.append("  a completion (temperature 0.5); the prompt ends at the bar:")
             text = f"{self.section.prompt}|{summary['completion']}"
             lines += [f"    {line}" for line in text.splitlines()]
+        view = folder / "tensorboard"
         return [
             *lines,
             "next:",
-            f"  {find_program('tensorboard')} --logdir {quoted(folder / 'tensorboard')}",
+            *([f"  {find_program('tensorboard')} --logdir {quoted(view)}"] if view.exists() else []),
             f"  {harness} generate {quoted(folder)} {shlex.quote('generate.prompt=' + opening)}",
             f"  {harness} evaluate {quoted(folder)}",
             f"  {harness} train {quoted(folder)} train.steps={2 * trainer.step}   # resumes, and goes on",

@@ -113,7 +113,15 @@ class Hub:
     verdict.
     """
 
-    def __init__(self, world_size: int, token: int, lost_after_seconds: float, interval_seconds: float) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        token: int,
+        lost_after_seconds: float,
+        interval_seconds: float,
+        join_seconds: float | None = None,
+    ) -> None:
+        """`join_seconds`: how long a rank may take to say hello; None: as long as it may be silent later."""
         self.told = threading.Event()
         self._token, self._lost_after, self._interval = token, lost_after_seconds, interval_seconds
         dual = socket.has_dualstack_ipv6()
@@ -123,7 +131,8 @@ class Hub:
         self.port: int = self._listener.getsockname()[1]
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
-        self._members = [_Member(rank, time.monotonic()) for rank in range(world_size)]
+        grace = max(0.0, join_seconds - lost_after_seconds) if join_seconds is not None else 0.0
+        self._members = [_Member(rank, time.monotonic() + grace) for rank in range(world_size)]
         self._speakers: dict[Connection, _Member] = {}
         self._verdict: Verdict | None = None
         self._next_round = time.monotonic()

@@ -18,6 +18,8 @@ from harness.config import HarnessError
 
 from .watch import Watch
 
+WAIT_FOR_OTHERS_SECONDS = 5.0
+"""Where this rank could not meet the others: they may fail for a reason of their own at the same moment."""
 LONGEST_PAUSE_SECONDS = 0.5
 """Between two looks at the store."""
 
@@ -74,18 +76,27 @@ class Processes:
 
         Raises HarnessError where they don't come.
         """
-        timeout, address = timedelta(seconds=timeout_seconds), ""
+        timeout = timedelta(seconds=timeout_seconds)
+        watch = None
         if identity.world_size == 1:
             store: dist.Store = dist.HashStore()  # needs no port
         else:
             address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
             if not address or not port.isdecimal():
                 raise HarnessError(
-                    f"{identity}: {identity.world_size} processes need MASTER_ADDR and MASTER_PORT, which are "
+                    f"{identity.world_size} processes need MASTER_ADDR and MASTER_PORT, which are "
                     f"{address!r} and {port!r}; start with torchrun or the scripts in launch/"
                 )
             try:
                 store, _, _ = next(dist.rendezvous("env://", identity.rank, identity.world_size, timeout=timeout))
+                watch = Watch(
+                    identity.rank,
+                    identity.world_size,
+                    address,
+                    lost_after_seconds=lost_after_seconds,
+                    join_seconds=timeout_seconds,
+                )
+                watch.start(dist.PrefixStore("harness/watch", store))
             except (RuntimeError, ValueError, OSError) as error:
                 raise _unmet(identity, f"{address}:{port}", timeout_seconds, error) from None
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -98,13 +109,12 @@ class Processes:
                 timeout=timeout,
             )
         except (RuntimeError, ValueError) as error:
-            if identity.world_size == 1:
+            if watch is None:
                 raise
-            raise _unmet(identity, "the other ranks", timeout_seconds, error) from None
-        watch = None
-        if identity.world_size > 1:
-            watch = Watch(identity.rank, identity.world_size, address, lost_after_seconds=lost_after_seconds)
-            watch.start()
+            watch.wait_for_verdict(WAIT_FOR_OTHERS_SECONDS)  # another rank may know better what is wrong
+            unmet = _unmet(identity, "each other's addresses", timeout_seconds, error)
+            unmet.said_elsewhere = not watch.report(str(unmet))  # type: ignore[attr-defined]
+            raise unmet from None
         cls.current = cls(identity, dist.PrefixStore("harness/messages", store), watch)
         return cls.current
 
@@ -176,8 +186,8 @@ class Processes:
 def _unmet(identity: Identity, where: str, timeout_seconds: float, error: Exception) -> HarnessError:
     reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     return HarnessError(
-        f"{identity}: did not meet all {identity.world_size} ranks at {where} within {timeout_seconds:g} s "
-        f"(parallel.timeout_seconds): {reason}; check that the address and port can be reached from every machine"
+        f"did not meet all {identity.world_size} ranks at {where} (parallel.timeout_seconds is {timeout_seconds:g}): "
+        f"{reason}; check that every machine reaches the others there, and see launch/README.md"
     )
 
 

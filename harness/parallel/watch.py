@@ -33,7 +33,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from harness.config import HarnessError
@@ -75,11 +74,13 @@ class Watch:
         host: str,
         *,
         lost_after_seconds: float = 30.0,
+        join_seconds: float = 600.0,
         on_end: Callable[[str], None] | None = None,
     ) -> None:
-        """`host` is where rank 0 runs, as the other ranks reach it: MASTER_ADDR."""
+        """`host` is where rank 0 runs, as the other ranks reach it: MASTER_ADDR. A rank that has not begun to watch
+        `join_seconds` after rank 0 did is lost: imports may take long on some machines."""
         self.rank, self.world_size, self.host = rank, world_size, host
-        self.lost_after_seconds = lost_after_seconds
+        self.lost_after_seconds, self._join_seconds = lost_after_seconds, join_seconds
         self.interval_seconds = min(5.0, lost_after_seconds / 10)
         self.bound_seconds = lost_after_seconds + 2 * self.interval_seconds + 5.0
         self.on_end = on_end
@@ -91,25 +92,24 @@ class Watch:
         self._leaving = False  # the main thread ends this process by itself
         self._over = threading.Event()  # no more word will come from the hub
 
-    def start(self) -> None:
-        """Begin to watch. A collective call over the default process group, which must take CPU tensors.
+    def start(self, store: dist.Store) -> None:
+        """Begin to watch. `store` is where the ranks of this start of the job meet before they form a process group, so
+        that a rank which fails at that is heard of too.
 
-        Raises HarnessError where rank 0 cannot be reached.
+        Raises HarnessError where rank 0 cannot be reached, and what the store raises where rank 0 does not come.
         """
-        address = torch.zeros(2, dtype=torch.int64)
         if self.rank == 0:
             # A number that only this start of the job knows: neither strangers nor an earlier start's ranks get in.
             token = secrets.randbits(62)
-            self._hub = Hub(self.world_size, token, self.lost_after_seconds, self.interval_seconds)
-            address = torch.tensor([self._hub.port, token])
-        dist.broadcast(address, src=0)
-        port, token = address.tolist()
+            self._hub = Hub(self.world_size, token, self.lost_after_seconds, self.interval_seconds, self._join_seconds)
+            store.set("watch", f"{self._hub.port} {token}")
+        port, token = map(int, store.get("watch").split())
         host = "localhost" if self.rank == 0 else self.host
         try:
             sock = socket.create_connection((host, port), timeout=self.lost_after_seconds)
         except OSError as error:
             raise HarnessError(
-                f"{self._name}: cannot reach rank 0 at {host}:{port} ({error}); MASTER_ADDR must name the host of "
+                f"cannot reach rank 0 at {host}:{port} ({error}); MASTER_ADDR must name the host of "
                 f"rank 0, and the hosts of a job must reach each other on every TCP port"
             ) from None
         self._connection = Connection(sock)

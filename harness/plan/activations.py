@@ -56,7 +56,7 @@ def block_terms(work: Workload) -> Terms:
         "inputs of the norms": 2 * _norm_input(model.hidden_size, work) / _divisor(work),
         "outputs of the norms": 2 * model.hidden_size * size,
         "queries, keys and values": (queries + 2 * groups + attention_inputs) * size,
-        "outputs of attention": (queries * (2 if rope else 1)) * size + FP32_BYTES * model.heads / work.tensor,
+        "outputs of attention": queries * (2 if rope else 1) * size + _normalisers(work),
         "inside the MLP": inner * (4 if model.activation == "swiglu" else 2) * size,
     }
     if model.qk_norm:
@@ -87,7 +87,7 @@ def kept_terms(work: Workload) -> Terms:
     ups = 2 if model.activation == "swiglu" else 1
     terms |= {
         "outputs of the products": (queries + 2 * groups + 2 * model.hidden_size + ups * inner) * size,
-        "outputs of attention": queries * size + FP32_BYTES * model.heads / work.tensor,
+        "outputs of attention": queries * size + _normalisers(work),
     }
     if _keeps_scores(work):
         terms["attention matrix, as no fused kernel fits"] = scores * FP32_BYTES
@@ -143,11 +143,16 @@ def _divisor(work: Workload) -> int:
 
 
 def _norm_input(width: int, work: Workload) -> float:
-    """Bytes a token that a norm over `width` keeps of its input, with its fp32 statistics."""
+    """Bytes a token that a norm over `width` keeps of its input, with its statistics."""
     if work.model.norm == "layernorm":
-        return width * work.element_bytes + 2 * FP32_BYTES
+        return width * work.element_bytes + 2 * (work.element_bytes if work.on_host else FP32_BYTES)
     # On the CPU torch composes RMSNorm of smaller operations, which keep an fp32 input and an fp32 normalised one.
     return width * (2 * FP32_BYTES if work.on_host else work.element_bytes) + FP32_BYTES
+
+
+def _normalisers(work: Workload) -> float:
+    """Bytes a token that fused attention keeps in place of the attention matrix."""
+    return 0 if _keeps_scores(work) else FP32_BYTES * work.model.heads / work.tensor
 
 
 def _keeps_scores(work: Workload) -> bool:

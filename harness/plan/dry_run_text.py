@@ -94,7 +94,7 @@ def _memory(run: DryRun) -> Iterator[str]:
     yield ""
     device = "the CPU" if run.work.on_host else "a GPU"
     kept, beside = _terms(kept_terms(run.work)), _terms(outside_terms(run.work))
-    yield f"Activations, an estimate for {device}: what autograd keeps, in bytes a token (as arXiv 2205.05198 counts it)"
+    yield f"Activations, an estimate for {device}: bytes a token that autograd keeps (counted as in arXiv 2205.05198)"
     yield f"  in each of {run.work.model.layers} blocks, recompute {run.work.recompute}: {kept}"
     yield f"  beside them: {beside}"
     yield "Not counted: temporaries of single operations and collectives, what CUDA and NCCL take for themselves,"

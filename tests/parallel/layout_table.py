@@ -32,6 +32,7 @@ from harness.train import train
 from tests.small_run import small_settings
 
 STEPS = 20
+SEEDS = (1234, 4321)
 TOLERANCE = {"loss": 1e-5, "grad_norm": 1e-5, "validation_loss": 1e-5, "target_tokens": 0.0, "weights": 1e-4}
 ROOT = Path(__file__).parents[2]
 
@@ -165,7 +166,30 @@ def launch(world_size: int, jobs: list[dict[str, Any]], folder: Path, timeout_se
 def train_references(folder: Path) -> None:
     """The one-rank runs that the table compares with; also prepares the data for all."""
     for family, tied in product(FAMILIES, (True, False)):
-        train(settings_of(folder, family, tied, f"{family}-{'tied' if tied else 'untied'}"))
+        name = f"{family}-{'tied' if tied else 'untied'}"
+        train(settings_of(folder, family, tied, name))
+    for case in bf16_cases()[:2]:
+        for seed in SEEDS:
+            name = f"bf16-{case.reference}-seed-{seed}"
+            train(settings_of(folder, case.family, case.tied, name, precision="bf16", seed=seed))
+
+
+def bf16_cases() -> list[Case]:
+    """Every stage at each size, the two families in turn."""
+    sizes = [(1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (2, 2), (4, 1)]
+    kinds = [("gpt2", False), ("llama", True)]
+    return [
+        Case(tensor, data, stage, tensor > 1, *kinds[(number + stage) % 2])
+        for number, (tensor, data) in enumerate(sizes)
+        for stage in range(4)
+    ]
+
+
+def compare_bf16(folder: Path, case: Case) -> tuple[float, float]:
+    """The mean difference in loss from one rank with the same seed, and that between two seeds on one rank."""
+    first, second = (folder / "runs" / f"bf16-{case.reference}-seed-{seed}" for seed in SEEDS)
+    ours, same, other = (runs.read(run).column("loss") for run in (folder / "runs" / f"bf16-{case}", first, second))
+    return float(np.abs(ours - same).mean()), float(np.abs(other - same).mean())
 
 
 def compare(run: Path, reference: Path) -> dict[str, float]:
@@ -203,7 +227,8 @@ def masters(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     target = Path(sys.argv[1])
-    rows = []
+    rows: list[dict[str, Any]] = []
+    bf16_rows: list[dict[str, Any]] = []
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -217,6 +242,14 @@ def main() -> None:
                     result = compare(folder / "runs" / str(case), folder / "runs" / case.reference)
                     rows.append({**asdict(case), **{key: float(f"{value:.2e}") for key, value in result.items()}})
                     print(case, {key: f"{value:.1e}" for key, value in result.items()}, flush=True)
+            half = [case for case in bf16_cases() if case.world_size == world_size]
+            jobs = [{"settings": plain(case.settings(folder, "bf16", f"bf16-{case}"))} for case in half]
+            if jobs:
+                launch(world_size, jobs, folder)
+            for case in half:
+                ours, seeds = compare_bf16(folder, case)
+                bf16_rows.append({**asdict(case), "loss": float(f"{ours:.2e}"), "two_seeds": float(f"{seeds:.2e}")})
+                print("bf16", case, f"{ours:.1e} beside {seeds:.1e} of two seeds", flush=True)
     worst = {key: max(row[key] for row in rows) for key in ("loss", "grad_norm", "validation_loss", "weights")}
     import deepspeed
     import megatron.core
@@ -235,11 +268,14 @@ def main() -> None:
         "tolerance": TOLERANCE,
         "worst": worst,
         "rows": rows,
+        "bf16": "mean difference in loss from one rank, beside that between two seeds on one rank",
+        "bf16_rows": bf16_rows,
     }
     text = json.dumps(report, indent=1)
     target.write_text(text + "\n")
     assert all(worst[key] <= TOLERANCE[key] for key in worst), worst
     assert min(row["fell_by"] for row in rows) >= 0.1
+    assert all(row["loss"] < row["two_seeds"] for row in bf16_rows)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def test_processes_that_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatc
         ParallelSection(device="cpu", sequence_parallel=True)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with (
-        pytest.raises(HarnessError, match=r"^rank 2 on .*: 4 processes need MASTER_ADDR and MASTER_PORT"),
+        pytest.raises(HarnessError, match=r"^4 processes need MASTER_ADDR and MASTER_PORT"),
         ParallelLayout(ParallelSection(device="cpu", tensor=2)),
     ):
         pass

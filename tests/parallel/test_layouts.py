@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from harness.config import plain
-from tests.parallel.layout_table import TOLERANCE, all_cases, compare, launch, pairwise_cover, train_references
+from tests.parallel.layout_table import (
+    TOLERANCE,
+    all_cases,
+    bf16_cases,
+    compare,
+    compare_bf16,
+    launch,
+    pairwise_cover,
+    train_references,
+)
 
 pytest.importorskip("deepspeed", reason="ZeRO stages 1 to 3 need the extra `zero`")
 
@@ -38,7 +47,12 @@ def test_layouts_follow_one_rank(folder: Path, world_size: int) -> None:
         jobs.append(
             {"settings": plain(case.settings(folder, name=name)), "after": [str(folder / "runs" / str(other)), 10]}
         )
+    half = [case for case in bf16_cases() if case.world_size == world_size == 2]
+    jobs += [{"settings": plain(case.settings(folder, "bf16", f"bf16-{case}"))} for case in half]
     launch(world_size, jobs, folder)
+    for case in half:
+        ours, seeds = compare_bf16(folder, case)
+        assert ours < 0.2 * seeds, f"{case}: {ours} beside {seeds} of two seeds"
     for name, case in [(str(case), case) for case in cases] + [(name, case) for name, case, _ in resumed]:
         result = compare(folder / "runs" / name, folder / "runs" / case.reference)
         assert result.pop("fell_by") > 0.1, "a loss that stands still proves nothing"

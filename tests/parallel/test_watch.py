@@ -52,7 +52,7 @@ def run_rank(rank: int, world_size: int, address: str, port: int, folder: str, s
         raise OSError("no space left on device")
 
     watch = Watch(rank, world_size, address, lost_after_seconds=LOST_AFTER_SECONDS, on_end=on_end)
-    watch.start()
+    watch.start(dist.distributed_c10d._get_default_store())
     dist.barrier()
     (place / f"ready-{rank}").touch()
     try:

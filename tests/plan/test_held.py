@@ -21,8 +21,8 @@ from tests.plan.held import build, forward_bytes, peak
 from tests.plan.settings import settings_of
 
 ROOT = Path(__file__).parents[2]
-FORMULA_SLACK = 0.02
-"""What the formula leaves out: generator states that recomputation keeps, a few numbers a sequence."""
+BESIDE = 0.05
+"""Share of positions, rotation tables and the like, which the estimate leaves out."""
 SMALL = {"bucket_elements": 5_000, "keep_whole_below": 36, "live_elements": 1, "reuse_distance": 0}
 STATES = {
     f"stage {stage} {precision}": settings_of(
@@ -35,7 +35,7 @@ WIDE = {"hidden_size": 64, "heads": 8, "kv_heads": 4, "head_size": None, "mlp_si
 
 
 def forward_settings(layers: int, recompute: str, parallel: dict[str, Any], **model: Any) -> Settings:
-    settings = settings_of(
+    return settings_of(
         parallel={"device": "cpu", **parallel},
         model={**WIDE, "layers": layers, **{k: v for k, v in model.items() if k not in ("precision", "masking")}},
         train={
@@ -45,7 +45,6 @@ def forward_settings(layers: int, recompute: str, parallel: dict[str, Any], **mo
         },
         data={"sequence_length": 64, "document_masking": model.get("masking", False)},
     )
-    return settings
 
 
 DIVIDED = {
@@ -107,13 +106,7 @@ def test_activations_of_divided_blocks(name: str, measured: list[dict[str, dict[
     for rank in (0, 1):
         sizes = [measured[rank][f"{name}, {settings.model.layers} layers"]["forward"] for settings in (few, many)]
         work = predicted(many, rank).work
-        a_block = sum(kept_terms(work).values()) * work.tokens
-        assert a_block == pytest.approx((sizes[1] - sizes[0]) / 2 - states(many), rel=FORMULA_SLACK)
-
-
-def states(settings: Settings) -> int:
-    """A recomputed block keeps the generator's state, whatever the model's size."""
-    return 0 if settings.train.recompute == "none" else torch.get_rng_state().nbytes
+        assert sum(kept_terms(work).values()) * work.tokens == (sizes[1] - sizes[0]) / 2
 
 
 @pytest.mark.parametrize(
@@ -132,10 +125,9 @@ def states(settings: Settings) -> int:
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_activations_of_whole_blocks(model: dict[str, Any], recompute: str) -> None:
     few, many = (forward_settings(layers, recompute, {}, **model) for layers in (1, 3))
-    a_block = (forward_bytes(many) - forward_bytes(few)) / 2 - states(many)
-    run = lay_out(many)
-    assert sum(kept_terms(run.work).values()) * run.work.tokens == pytest.approx(a_block, rel=FORMULA_SLACK)
-    assert run.activation_bytes == pytest.approx(forward_bytes(many) - 3 * states(many), rel=2 * FORMULA_SLACK)
+    run, whole = lay_out(many), forward_bytes(many)
+    assert sum(kept_terms(run.work).values()) * run.work.tokens == (whole - forward_bytes(few)) / 2
+    assert run.activation_bytes == pytest.approx(whole, rel=BESIDE)
 
 
 @pytest.mark.parametrize("softcap", [None, 20.0])
@@ -148,4 +140,4 @@ def test_the_loss_at_its_peak(softcap: float | None) -> None:
     model, tokens = build(settings), torch.randint(5003, (8, 256))
     hidden = torch.randn(8, 256, 60, requires_grad=True)
     most = peak(lambda: model.head(hidden, tokens))
-    assert lay_out(settings).loss_bytes == pytest.approx(most, rel=FORMULA_SLACK)
+    assert lay_out(settings).loss_bytes == pytest.approx(most, rel=0.02)
