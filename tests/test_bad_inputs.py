@@ -5,6 +5,7 @@ Corpora and tokenizers have a table of their own in tests/data/test_bad_input.py
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +67,7 @@ SETTINGS: list[tuple[str, str]] = [
     ("model={shape: gpt2-124m, layers: 2, hidden_size: 32, heads: 2}", "command line: model: shape: gpt2-124m has"),
     ("optimizer.learning_rate=.inf", "command line: optimizer.learning_rate: input should be a finite number, got inf"),
     ("data.validation_share=0", "{t}/prepared/first: validation_share was 0.15, it is 0.0 now; set data.folder to"),
+    ("parallel.sequence_parallel=true", "{b}: parallel: sequence_parallel divides among tensor-parallel ranks: set"),
     ("train.steps=3", "{t}/runs/small/checkpoints: step 4 cannot be resumed: train.steps: 3 is less than the 4 steps"),
 ]  # fmt: skip
 
@@ -84,8 +86,26 @@ def test_several_processes_and_no_gpu(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert refused(capsys, "train", file, "parallel.device=cuda").startswith("parallel.device: cuda is asked for, but")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    said = refused(capsys, "generate", file)
+    assert said.endswith(": runs on one process; start it without torchrun, whatever layout trained the model")
     said = refused(capsys, "train", file, "parallel.tensor=3")
     assert "parallel.tensor: 2 processes do not divide into groups of 3; start a multiple of 3" in said
+
+
+def test_layouts_that_do_not_fit(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dry = ("train", str(finished / "small.yaml"), "train.dry_run=true", "dry_run.processes=6")
+    assert refused(capsys, *dry, "parallel.tensor=3").startswith(
+        "parallel.tensor: 3 does not divide model.heads 2; choose a divisor of both kv_heads 2 and mlp_size 96, or"
+    )
+    assert refused(capsys, *dry, "train.micro_batch_size=null").startswith(
+        "train.global_batch_size: 4 sequences do not divide into micro-batches of 1 on 6 data-parallel ranks; make it a"
+    )
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    assert refused(capsys, "train", dry[1], "run.name=zero", "parallel.zero_stage=2").startswith(
+        "parallel.zero_stage: stages 1 to 3 need DeepSpeed, which is not installed; pip install 'harness[zero]', or set"
+    )
 
 
 TARGETS: list[tuple[tuple[str, ...], str]] = [

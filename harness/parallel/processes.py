@@ -62,8 +62,10 @@ class Processes:
 
     current: Processes | None = None
 
-    def __init__(self, identity: Identity, store: dist.Store, watch: Watch | None) -> None:
-        self.identity, self.watch = identity, watch
+    def __init__(
+        self, identity: Identity, store: dist.Store, watch: Watch | None, timeout: timedelta | None = None
+    ) -> None:
+        self.identity, self.watch, self._timeout = identity, watch, timeout
         self._store = store
         self._groups: dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
         self._messages = 0
@@ -115,7 +117,7 @@ class Processes:
             unmet = _unmet(identity, "each other's addresses", timeout_seconds, error)
             unmet.said_elsewhere = not watch.report(str(unmet))  # type: ignore[attr-defined]
             raise unmet from None
-        cls.current = cls(identity, dist.PrefixStore("harness/messages", store), watch)
+        cls.current = cls(identity, dist.PrefixStore("harness/messages", store), watch, timeout)
         return cls.current
 
     def close(self, error: BaseException | None = None) -> None:
@@ -142,18 +144,20 @@ class Processes:
         if tensor not in self._groups:
             world = self.identity.world_size
             tensor_group = data_group = None
-            for start in range(0, world, tensor):
-                members = list(range(start, start + tensor))
-                group = dist.new_group(members)
+            neighbours = [list(range(start, start + tensor)) for start in range(0, world, tensor)]
+            for members in neighbours:
+                group = self._new_group(members)
                 tensor_group = group if self.identity.rank in members else tensor_group
-            for start in range(tensor):
-                members = list(range(start, world, tensor))
-                group = dist.new_group(members)
+            for members in map(list, zip(*neighbours, strict=True)):
+                group = self._new_group(members)
                 data_group = group if self.identity.rank in members else data_group
             assert tensor_group is not None
             assert data_group is not None
             self._groups[tensor] = tensor_group, data_group
         return self._groups[tensor]
+
+    def _new_group(self, members: list[int]) -> dist.ProcessGroup:
+        return dist.new_group(members, timeout=self._timeout)  # left out, it would not be the default group's
 
     def first_decides(self, decide: Callable[[], Any]) -> Any:
         """What `decide` returns on rank 0 (JSON), on all ranks; its HarnessError is raised on all.

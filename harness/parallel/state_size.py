@@ -110,7 +110,7 @@ def _by_parameter(
 ) -> list[StatePart]:
     """Stage 3: each parameter is padded and cut into equal shares; small ones are kept whole beside their share."""
     sizes = [size for group in groups for size in group]
-    share = -(-sum(sizes) // data_size)
+    share = sum(-(-size // data_size) for size in sizes)
     whole = sum(size for size in sizes if stays_whole(size, section))
     gathered = min(section.zero.live_elements, sum(sizes) - whole)
     return [

@@ -126,7 +126,11 @@ def run_step(engine: Engine, data: Step, rank: int, size: int, bad: bool = False
 def check_steps() -> None:
     """Accumulation of changing length, clipping, a skipped step, a NaN on one rank: beside one rank's engine."""
     for layout in layouts():
-        model_section = section(tied_head=layout.section.zero_stage % 2 == 0)
+        model_section = section(tied_head=layout.section.zero_stage < 2)
+        if layout.section.zero_stage % 2 == 0:
+            model_section = section(
+                family="llama", heads=8, kv_heads=4, qk_norm=True, tied_head=model_section.tied_head
+            )
         _, engine = build(layout, "fp32", model_section)
         alone = build_decoder(model_section, seed=5)
         plain = TorchEngine(alone, lambda masters: torch.optim.AdamW(masters.values(), eps=1e-4), "fp32")

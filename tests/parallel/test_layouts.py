@@ -5,11 +5,14 @@ The whole table is in benchmarks/parallel_layouts.json (layout_table.py writes i
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from harness import runs
 from harness.config import plain
+from harness.evaluate import EvaluateSection, evaluate
 from tests.parallel.layout_table import (
     TOLERANCE,
     all_cases,
@@ -21,7 +24,7 @@ from tests.parallel.layout_table import (
     train_references,
 )
 
-pytest.importorskip("deepspeed", reason="ZeRO stages 1 to 3 need the extra `zero`")
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="stages 1 to 3 need the extra `zero`")
 
 COVER = pairwise_cover(all_cases())
 
@@ -57,3 +60,7 @@ def test_layouts_follow_one_rank(folder: Path, world_size: int) -> None:
         result = compare(folder / "runs" / name, folder / "runs" / case.reference)
         assert result.pop("fell_by") > 0.1, "a loss that stands still proves nothing"
         assert all(result[key] <= TOLERANCE[key] for key in result), f"{name}: {result}"
+    trained = folder / "runs" / str(cases[-1])  # on one process now, whatever trained it
+    settings = cases[-1].settings(folder)
+    found = evaluate(trained, EvaluateSection(samples=10), settings.data, settings.parallel)
+    assert found["loss"] == pytest.approx(runs.read(trained).metrics[-1]["validation_loss"], rel=1e-6)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tests.parallel.rank_checks import CHECKS
 
-pytest.importorskip("deepspeed", reason="ZeRO stages 1 to 3 need the extra `zero`")
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="stages 1 to 3 need the extra `zero`")
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

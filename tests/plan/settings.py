@@ -8,13 +8,13 @@ from harness.config import validate
 from harness.settings import Settings
 
 NARROW = {
-    "family": "llama", "layers": 3, "hidden_size": 36, "heads": 6, "kv_heads": 2, "head_size": 6, "mlp_size": 50,
+    "family": "llama", "layers": 3, "hidden_size": 35, "heads": 6, "kv_heads": 2, "head_size": 6, "mlp_size": 50,
     "max_positions": 64, "vocab_size": 257, "vocab_multiple": 1,
 }  # fmt: skip
 
 
 def settings_of(**sections: dict[str, Any]) -> Settings:
-    """`sections` over a small job; widths divide by 2 only, and the vocabulary by nothing. A model with a shape
+    """`sections` over a small job; most sizes are odd, and what tensor parallelism divides divides by 2 only. A model with a shape
     stands for itself."""
     values: dict[str, dict[str, Any]] = {
         "data": {

@@ -23,7 +23,7 @@ from tests.plan.settings import settings_of
 ROOT = Path(__file__).parents[2]
 BESIDE = 0.05
 """Share of positions, rotation tables and the like, which the estimate leaves out."""
-SMALL = {"bucket_elements": 5_000, "keep_whole_below": 36, "live_elements": 1, "reuse_distance": 0}
+SMALL = {"bucket_elements": 5_000, "keep_whole_below": 35, "live_elements": 1, "reuse_distance": 0}
 STATES = {
     f"stage {stage} {precision}": settings_of(
         parallel={"device": "cpu", "zero_stage": stage, "zero": SMALL},
