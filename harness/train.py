@@ -83,6 +83,7 @@ class Trainer:
         self.store = CheckpointStore(run.checkpoints, layout.rank, layout.world_size, agree=layout.all_agree)
         self.micro_batch = settings.train.micro_batch_on(layout.data_size)
         settings.check_sequences(layout.section)
+        settings.model.check_divides(layout.tensor_size)  # all of this before the first text is read
         start = layout.first_decides(lambda: _starting_step(settings, run, self.store))
         self.prepared = _prepare(settings, layout)
         self.settings = settings = settings.resolved(self.prepared.tokenizer.vocab_size)

@@ -14,8 +14,8 @@ NARROW = {
 
 
 def settings_of(**sections: dict[str, Any]) -> Settings:
-    """`sections` over a small job; most sizes are odd, and what tensor parallelism divides divides by 2 only. A model with a shape
-    stands for itself."""
+    """`sections` over a small job, whose sizes are odd where tensor parallelism does not divide them by 2. A model
+    with a shape stands for itself."""
     values: dict[str, dict[str, Any]] = {
         "data": {
             "corpora": [{"name": "none", "source": ["/nowhere/*.txt"]}],
