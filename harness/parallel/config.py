@@ -19,7 +19,7 @@ class ZeroSection(Section):
     """Reduce gradients while the backward pass goes on."""
 
     keep_whole_below: int = Field(100_000, ge=0)
-    """Stage 3: parameters with fewer elements than this stay whole on every rank (DeepSpeed's
+    """Stage 3: parameters of at most so many elements stay whole on every rank (DeepSpeed's
     stage3_param_persistence_threshold)."""
 
     live_elements: int = Field(1_000_000_000, ge=1)

@@ -57,6 +57,7 @@ def load(device: torch.device) -> Any:
     """The deepspeed module, quiet. Raises HarnessError where it is not installed."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # zero.Init wants it without a launcher, too
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # torch 2.13's warning about names that DeepSpeed calls, and that torch 2.11 has no others for.
     warnings.filterwarnings("ignore", message=r".*_tensor` is deprecated", category=FutureWarning)
@@ -97,7 +98,8 @@ def settings(layout: ParallelLayout, precision: str) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,  # only its own throughput log reads this
         "gradient_accumulation_steps": 1,
         "zero_optimization": sharding,
-        "bf16": {"enabled": precision == "bf16"},
+        # Without immediate_grad_update stage 1 would hold a whole bf16 gradient beside the fp32 sums.
+        "bf16": {"enabled": precision == "bf16", "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
@@ -115,7 +117,7 @@ def build_divider(layout: ParallelLayout, precision: str) -> Callable[[nn.Module
     def divide(part: nn.Module) -> None:
         # Without mem_efficient_linear: it would replace torch's linear function in the whole process.
         deepspeed.zero.Init(
-            module=part,
+            module=part.to(dtype),  # which it does not cast by itself
             data_parallel_group=layout.data_group,
             config_dict_or_path=settings(layout, precision),
             mpu=_ModelParallelUnit(layout),

@@ -1,6 +1,6 @@
 """Every layout of at most four processes beside one rank: the losses, norms and weights of 20 steps.
 
-    python -m tests.parallel.layout_table benchmarks/parallel_layouts.json      # all of them, some 20 minutes
+    python -m tests.parallel.layout_table benchmarks/parallel_layouts.json      # all of them; more than half an hour
 
 The tests (test_layouts.py) run `pairwise_cover` of the same table.
 """
@@ -202,6 +202,10 @@ def compare(run: Path, reference: Path) -> dict[str, float]:
         a, b = ours.column(column), theirs.column(column)
         assert (np.isnan(a) == np.isnan(b)).all()
         result[column] = float(np.nanmax(np.abs(a / b - 1)))
+    counted, expected_count = (
+        json.loads((each / "summary.json").read_text())["validation_bytes"] for each in (run, reference)
+    )
+    assert counted == expected_count, "each rank scores its own share of the validation text"
     weights, expected = masters(run), masters(reference)
     assert weights.keys() == expected.keys()
     result["weights"] = max(
@@ -225,37 +229,43 @@ def masters(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
     return weights
 
 
+def run_fp32(folder: Path) -> list[dict[str, Any]]:
+    rows = []
+    for world_size in range(1, 5):
+        cases = [case for case in all_cases() if case.world_size == world_size]
+        for part in range(0, len(cases), 16):  # a fresh group of processes now and then
+            chunk = cases[part : part + 16]
+            launch(world_size, [{"settings": plain(case.settings(folder))} for case in chunk], folder)
+            for case in chunk:
+                result = compare(folder / "runs" / str(case), folder / "runs" / case.reference)
+                rows.append({**asdict(case), **{key: float(f"{value:.2e}") for key, value in result.items()}})
+                print(case, {key: f"{value:.1e}" for key, value in result.items()}, flush=True)
+    return rows
+
+
+def run_bf16(folder: Path) -> list[dict[str, Any]]:
+    rows = []
+    for world_size in range(2, 5):
+        cases = [case for case in bf16_cases() if case.world_size == world_size]
+        jobs = [{"settings": plain(case.settings(folder, "bf16", f"bf16-{case}"))} for case in cases]
+        launch(world_size, jobs, folder)
+        for case in cases:
+            ours, seeds = compare_bf16(folder, case)
+            rows.append({**asdict(case), "loss": float(f"{ours:.2e}"), "two_seeds": float(f"{seeds:.2e}")})
+            print("bf16", case, f"{ours:.1e} beside {seeds:.1e} of two seeds", flush=True)
+    return rows
+
+
 def main() -> None:
-    target = Path(sys.argv[1])
-    rows: list[dict[str, Any]] = []
-    bf16_rows: list[dict[str, Any]] = []
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        train_references(folder)
-        for world_size in range(1, 5):
-            cases = [case for case in all_cases() if case.world_size == world_size]
-            for part in range(0, len(cases), 16):  # a fresh group of processes now and then
-                chunk = cases[part : part + 16]
-                launch(world_size, [{"settings": plain(case.settings(folder))} for case in chunk], folder)
-                for case in chunk:
-                    result = compare(folder / "runs" / str(case), folder / "runs" / case.reference)
-                    rows.append({**asdict(case), **{key: float(f"{value:.2e}") for key, value in result.items()}})
-                    print(case, {key: f"{value:.1e}" for key, value in result.items()}, flush=True)
-            half = [case for case in bf16_cases() if case.world_size == world_size]
-            jobs = [{"settings": plain(case.settings(folder, "bf16", f"bf16-{case}"))} for case in half]
-            if jobs:
-                launch(world_size, jobs, folder)
-            for case in half:
-                ours, seeds = compare_bf16(folder, case)
-                bf16_rows.append({**asdict(case), "loss": float(f"{ours:.2e}"), "two_seeds": float(f"{seeds:.2e}")})
-                print("bf16", case, f"{ours:.1e} beside {seeds:.1e} of two seeds", flush=True)
-    worst = {key: max(row[key] for row in rows) for key in ("loss", "grad_norm", "validation_loss", "weights")}
+    """`layout_table.py FILE [fp32 | bf16]`: both, or one part, the other staying as it is in the file."""
     import deepspeed
     import megatron.core
 
-    report = {
-        "what": f"{len(rows)} layouts beside one rank, {STEPS} steps: largest relative differences",
+    target, parts = Path(sys.argv[1]), sys.argv[2:] or ["fp32", "bf16"]
+    report: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
+    report |= {
+        "what": f"layouts beside one rank, {STEPS} steps; fp32: largest relative differences; bf16: mean difference in "
+        "loss from one rank, beside that between two seeds on one rank",
         "command": "python -m tests.parallel.layout_table benchmarks/parallel_layouts.json",
         "versions": {
             "python": platform.python_version(),
@@ -264,18 +274,19 @@ def main() -> None:
             "megatron-core": megatron.core.__version__,
         },
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, gloo",
-        "minutes": round((time.monotonic() - started) / 60, 1),
         "tolerance": TOLERANCE,
-        "worst": worst,
-        "rows": rows,
-        "bf16": "mean difference in loss from one rank, beside that between two seeds on one rank",
-        "bf16_rows": bf16_rows,
     }
-    text = json.dumps(report, indent=1)
-    target.write_text(text + "\n")
+    with tempfile.TemporaryDirectory() as place:
+        train_references(Path(place))
+        for part in parts:
+            report[part] = {"fp32": run_fp32, "bf16": run_bf16}[part](Path(place))
+    rows = report["fp32"]
+    report["worst"] = worst = {key: max(row[key] for row in rows) for key in TOLERANCE}
+    target.write_text(json.dumps(report, indent=1) + "\n")
+    assert len(rows) == len(all_cases())
     assert all(worst[key] <= TOLERANCE[key] for key in worst), worst
     assert min(row["fell_by"] for row in rows) >= 0.1
-    assert all(row["loss"] < row["two_seeds"] for row in bf16_rows)
+    assert all(row["loss"] < row["two_seeds"] for row in report["bf16"])
 
 
 if __name__ == "__main__":

@@ -170,6 +170,8 @@ def check_fragments_load() -> None:
     for layout in layouts():
         for precision in ("fp32", "bf16"):
             model, engine = build(layout, precision, section())
+            held = {getattr(weight, "ds_tensor", weight).dtype for weight in model.parameters()}
+            assert held == {torch.float32 if precision == "fp32" else torch.bfloat16}, (layout, held)
             other = copy.deepcopy(dict(build_decoder(section(), seed=6).named_parameters()))
             for fragment in engine.fragments():
                 if fragment.kind == "master":
