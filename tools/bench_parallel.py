@@ -5,7 +5,7 @@
 Every variant trains the same decoder on the same batches by the same loop; only what stands behind the engine's methods
 differs. All are built once, in the same processes, and each round runs all of them in a shuffled order; the first round
 is warm-up and is not counted. The unit is tokens per CPU-second: process time with all threads, summed over the ranks.
-A variant whose losses or gradient norms are not DistributedDataParallel's is an error: a fast wrong engine is no result.
+A variant whose losses or gradient norms differ from DistributedDataParallel's is an error: fast and wrong is no result.
 """
 
 from __future__ import annotations
@@ -50,14 +50,21 @@ ENGINES: dict[str, dict[str, Any]] = {
     "TP 2, sequence parallel": {"tensor": 2, "sequence_parallel": True},
 }
 # ladder-1.5m, but for the number of heads, which 2 has to divide.
-MODEL = {"family": "llama", "tied_head": True, "layers": 5, "hidden_size": 160, "heads": 4, "vocab_size": 4096}
+MODEL: dict[str, Any] = {
+    "family": "llama",
+    "tied_head": True,
+    "layers": 5,
+    "hidden_size": 160,
+    "heads": 4,
+    "vocab_size": 4096,
+}
 OPTIMIZER, CLIP = OptimizerSection(learning_rate=1e-3), 1.0
 SEQUENCE, SEQUENCES = 128, 4
 """Tokens of a sequence, and sequences of a micro-batch for each process."""
 ACCUMULATIONS, MICRO_BATCHES = (1, 4), 4
 """Micro-batches a step, and of a variant in a round at each accumulation."""
-TOLERANCE = 1e-4
-"""Relative, of any step's loss and gradient norm (which AdamW alone would not tell the scale of)."""
+TOLERANCES = torch.tensor([[1e-4], [1e-3]])
+"""Of any step's loss, in nats, and relative of its gradient norm, which tells of a wrong scale as AdamW would not."""
 LINEAR = F.linear
 NOTES = [
     "ratio_to_ddp: tokens per CPU-second over DDP's in the same round at the same accumulation; above 1 is faster. "
@@ -69,7 +76,8 @@ NOTES = [
     "the model is small: what an engine spends for each step and each module weighs more than at real widths, and with "
     "its defaults stage 3 keeps all of it whole but the embedding",
     "tensor-parallel ranks compute the sequences of all ranks that share their model, so all variants train the same",
-    "difference: the largest relative difference from DDP's loss and gradient norm, over all steps",
+    "largest_difference: from DDP's loss (nats) and gradient norm (relative), over all steps; the norm's comes from "
+    "torch's fp32 norm on CPU, which DDP and stage 0 call: in float64 it is DeepSpeed's that is right",
     "bytes_held: by kind, on the first rank, without activations and without the buffers that parallel.zero sizes; DDP "
     "has its gradients twice, as tensors and in its buckets",
 ]
@@ -216,11 +224,12 @@ def summary(world: int, waiting: float, spent: Spent, seen: dict[str, Tensor], h
     """What one number of processes gave. Raises ValueError where a variant is not right."""
     rows, tokens = [], MICRO_BATCHES * SEQUENCES * world * SEQUENCE
     for name in spent:
-        difference = float(((seen[name] - seen[BASE]) / seen[BASE]).abs().max())
-        if not difference <= TOLERANCE:
-            raise ValueError(f"{name} on {world} processes: a loss or norm differs from {BASE}'s by {difference:.1e}")
+        differences = (seen[name] - seen[BASE]).abs() / torch.stack([torch.ones_like(seen[BASE][0]), seen[BASE][1]])
+        if not bool((differences <= TOLERANCES).all()):
+            raise ValueError(f"{name} on {world} processes: losses and norms differ from {BASE}'s by {differences}")
+        difference = dict(zip(("loss", "grad_norm"), differences.amax(1).tolist(), strict=True))
         for accumulation, rounds in spent[name].items():
-            row = {"variant": name, "accumulation": accumulation, "difference": difference}
+            row: dict[str, Any] = {"variant": name, "accumulation": accumulation, "largest_difference": difference}
             row["ratio_to_ddp"] = spread(
                 base / cpu for (cpu, _), (base, _) in zip(rounds, spent[BASE][accumulation], strict=True)
             )
@@ -258,7 +267,7 @@ def print_table(measured: dict[str, Any]) -> None:
         print(
             f"{row['variant']:24} x{row['accumulation']}  {ratio:.3f} ({low:.3f}-{high:.3f})"
             f"  {row['tokens_per_cpu_second']['median']:5.0f} tokens / CPU-second"
-            f"  {sum(row['bytes_held'].values()) / 1e6:5.1f} MB  within {row['difference']:.0e}",
+            f"  {sum(row['bytes_held'].values()) / 1e6:5.1f} MB  loss within {row['largest_difference']['loss']:.0e}",
             flush=True,
         )
 
@@ -279,16 +288,16 @@ def main() -> None:
         print_table(results[-1])
     packages = ("torch", "deepspeed", "megatron-core", "numpy")
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    machine = {"cpu": cpu[0].partition(":")[2].strip() if cpu else platform.machine(), "cores": os.cpu_count()}
+    machine = {
+        "cpu": cpu[0].partition(":")[2].strip() if cpu else platform.machine(),
+        "cores": os.cpu_count(),
+        "threads_a_process": 1,
+        "backend": "gloo",
+        "python": platform.python_version(),
+    }
     document = {
         "command": f"python tools/bench_parallel.py --rounds {arguments.rounds}",
-        "machine": {
-            **machine,
-            "threads_a_process": 1,
-            "backend": "gloo",
-            "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in packages},
-        },
+        "machine": {**machine, **{package: importlib.metadata.version(package) for package in packages}},
         "settings": {
             "model": MODEL,
             "parameters": count_parameters(validate(ModelSection, MODEL, "bench_parallel")).total,

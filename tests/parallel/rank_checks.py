@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 import harness.model.dropout
 from harness.config import HarnessError, validate
@@ -163,6 +163,21 @@ def check_steps() -> None:
             close(ours, theirs, (layout, fragment.key), rtol=1e-4, atol=2e-7)
             if fragment.kind == "step":
                 assert float(ours) == 4.0, (layout, "a skipped step does not count")
+
+
+def check_unused_parameters() -> None:
+    """Stage 0 sums gradients of parameters that only some ranks' losses depend on, or none's."""
+    with ParallelLayout(ParallelSection(device="cpu")) as layout:
+        model = nn.ModuleDict({name: nn.Linear(3, 2) for name in ("everywhere", "here and there", "nowhere")})
+        nn.init.ones_(model["here and there"].weight)
+        engine = TorchEngine(model, lambda masters: torch.optim.AdamW(masters.values()), "fp32", None, layout)
+        for last in (False, True):
+            loss = model["everywhere"](torch.ones(1, 3)).sum()
+            if layout.rank == 1:
+                loss = loss + model["here and there"](torch.ones(1, 3)).sum()
+            engine.backward(loss, 1, last=last)
+        expected = torch.tensor(8 * (2.0 * layout.world_size) ** 2 + 8 * 2.0**2).sqrt()
+        torch.testing.assert_close(engine.grad_norm(), expected)
 
 
 def check_fragments_load() -> None:
