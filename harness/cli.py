@@ -178,8 +178,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def said_elsewhere(error: BaseException) -> bool:
-    """Whether another rank of the job is the one to say this error."""
-    return getattr(error, "said_elsewhere", False)
+    """Whether another rank of the job is the one to say this error.
+
+    A configuration that is refused before the ranks have met is the same on a machine: its first process says so.
+    """
+    known: bool | None = getattr(error, "said_elsewhere", None)
+    if known is None:
+        return isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0"
+    return known
 
 
 def this_rank() -> str:

@@ -22,7 +22,7 @@ from harness.model import build_decoder, count_parameters, flops_per_token, init
 from harness.optim import build_adamw, learning_rate
 from harness.parallel import ParallelLayout, Peak, build_divider, build_engine, memory_bytes, peak_flops
 from harness.plan import print_dry_run
-from harness.runs import Progress, RunFolder, configure_logging
+from harness.runs import FILE_ONLY, Progress, RunFolder, configure_logging
 from harness.settings import Settings
 
 logger = logging.getLogger("harness.train")
@@ -60,13 +60,15 @@ def train(settings: Settings, callbacks: Sequence[Callback] = ()) -> TrainResult
         _compare_settings(settings, layout)
         configure_logging(run.log_file, silent_as=str(layout.identity) if layout.rank > 0 else None)
         trainer = Trainer(settings, layout, run, callbacks)
-        layout.on_end(lambda reason: run.log_event("stopped", step=trainer.step, reason=reason))
+        layout.on_end(lambda reason: _note_end(run, trainer.step, reason))
         try:
             return trainer.fit()
         except (KeyboardInterrupt, Exception) as error:
             layout.await_verdict(error)
             layout.on_end(lambda reason: None)  # this rank's own reason is the one on record
-            run.log_event("stopped", step=trainer.step, reason=f"{type(error).__name__}: {error}")
+            interrupted = isinstance(error, KeyboardInterrupt)
+            reason = "interrupted" if interrupted else f"{type(error).__name__}: {error}"
+            run.log_event("stopped", step=trainer.step, reason=reason)
             raise
         finally:
             trainer.close()
@@ -310,6 +312,12 @@ def open_run(settings: Settings, layout: ParallelLayout) -> RunFolder:
 
     layout.first_decides(first)
     return run if run is not None else make(layout.rank)
+
+
+def _note_end(run: RunFolder, step: int, reason: str) -> None:
+    """Put down why this process is ended because of another rank: in the events, and in this rank's log."""
+    run.log_event("stopped", step=step, reason=reason)
+    logger.info("ended after step %d: %s", step, reason, extra=FILE_ONLY)
 
 
 def _compare_settings(settings: Settings, layout: ParallelLayout) -> None:

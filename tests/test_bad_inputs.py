@@ -89,7 +89,7 @@ def test_several_processes_and_no_gpu(
     said = refused(capsys, "generate", file)
     assert said.endswith(": runs on one process; start it without torchrun, whatever layout trained the model")
     said = refused(capsys, "train", file, "parallel.tensor=3")
-    assert "parallel.tensor: 2 processes do not divide into groups of 3; start a multiple of 3" in said
+    assert "parallel.tensor: a job of size 2 does not divide into groups of 3; start a multiple of 3" in said
 
 
 def test_layouts_that_do_not_fit(

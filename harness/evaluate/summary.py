@@ -97,13 +97,15 @@ class Summary(Callback):
             text = f"{self.section.prompt}|{summary['completion']}"
             lines += [f"    {line}" for line in text.splitlines()]
         view = folder / "tensorboard"
+        many = trainer.layout.world_size > 1
+        start = "the same launcher, with" if many else f"{harness} train"
         return [
             *lines,
             "next:",
             *([f"  {find_program('tensorboard')} --logdir {quoted(view)}"] if view.exists() else []),
             f"  {harness} generate {quoted(folder)} {shlex.quote('generate.prompt=' + opening)}",
             f"  {harness} evaluate {quoted(folder)}",
-            f"  {harness} train {quoted(folder)} train.steps={2 * trainer.step}   # resumes, and goes on",
+            f"  {start} {quoted(folder)} train.steps={2 * trainer.step}   # resumes, and goes on",
         ]
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.config import HarnessError
+from harness.config import ConfigError, HarnessError
 
 from .config import ParallelSection
 from .processes import Identity, Processes
@@ -35,9 +35,10 @@ class ParallelLayout:
         self.identity = identity or Identity.from_environment()
         self.rank, self.world_size = self.identity.rank, self.identity.world_size
         if self.world_size % section.tensor:
-            raise HarnessError(
-                f"parallel.tensor: {self.world_size} processes do not divide into groups of {section.tensor}; start a "
-                f"multiple of {section.tensor} processes, or change parallel.tensor"
+            raise ConfigError(
+                f"parallel.tensor: a job of size {self.world_size} does not divide into groups of {section.tensor}; "
+                f"start a multiple of {section.tensor} processes, or set parallel.tensor to a divisor (1, with "
+                f"parallel.sequence_parallel=false, on one process)"
             )
         self.tensor_size, self.data_size = section.tensor, self.world_size // section.tensor
         self.tensor_rank, self.data_rank = self.rank % section.tensor, self.rank // section.tensor

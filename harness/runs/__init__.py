@@ -7,8 +7,18 @@ Read folder.py first (what lies where, and how a resume keeps it true), then rea
 from .config import RunSection
 from .errors import RunError
 from .folder import RunFolder
-from .log import configure_logging, console
+from .log import FILE_ONLY, configure_logging, console
 from .progress import Progress
 from .reader import Run, read
 
-__all__ = ["Progress", "Run", "RunError", "RunFolder", "RunSection", "configure_logging", "console", "read"]
+__all__ = [
+    "FILE_ONLY",
+    "Progress",
+    "Run",
+    "RunError",
+    "RunFolder",
+    "RunSection",
+    "configure_logging",
+    "console",
+    "read",
+]
