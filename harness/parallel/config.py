@@ -67,7 +67,7 @@ class ParallelSection(Section):
     def _check(self) -> ParallelSection:
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError(
-                "sequence_parallel divides among tensor-parallel ranks: set tensor to 2 or more, or sequence_parallel to false"
+                "sequence_parallel divides among tensor-parallel ranks: set tensor to 2 or more, or it to false"
             )
         return self
 
