@@ -98,8 +98,7 @@ def settings(layout: ParallelLayout, precision: str) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,  # only its own throughput log reads this
         "gradient_accumulation_steps": 1,
         "zero_optimization": sharding,
-        # Without immediate_grad_update stage 1 would hold a whole bf16 gradient beside the fp32 sums.
-        "bf16": {"enabled": precision == "bf16", "immediate_grad_update": True},
+        "bf16": {"enabled": precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
