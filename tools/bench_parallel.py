@@ -39,7 +39,7 @@ from harness.model import ModelSection, build_decoder, count_parameters
 from harness.optim import OptimizerSection, build_adamw
 from harness.parallel import ParallelLayout, ParallelSection, build_divider, build_engine, state_parts
 
-BASE = "DDP"
+BASE, AGAIN = "DDP", "DDP again"
 ENGINES: dict[str, dict[str, Any]] = {
     "ZeRO 0": {},
     "ZeRO 1": {"zero_stage": 1},
@@ -58,17 +58,20 @@ MODEL: dict[str, Any] = {
     "heads": 4,
     "vocab_size": 4096,
 }
-OPTIMIZER, CLIP = OptimizerSection(learning_rate=1e-3), 1.0
+# So that rounding stays small and variants comparable. With AdamW's usual epsilon a gradient that is zero but for
+# rounding moves its weight by the whole learning rate; and at 1e-3 some steps make 1e-3 in the gradient's norm out of
+# 1e-7 in the weights, on one rank too.
+OPTIMIZER, CLIP = OptimizerSection(learning_rate=3e-4, epsilon=1e-4), 1.0
 SEQUENCE, SEQUENCES = 128, 4
 """Tokens of a sequence, and sequences of a micro-batch for each process."""
 ACCUMULATIONS, MICRO_BATCHES = (1, 4), 4
 """Micro-batches a step, and of a variant in a round at each accumulation."""
-TOLERANCES = torch.tensor([[1e-4], [1e-3]])
+TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-4}
 """Of any step's loss, in nats, and relative of its gradient norm, which tells of a wrong scale as AdamW would not."""
 LINEAR = F.linear
 NOTES = [
-    "ratio_to_ddp: tokens per CPU-second over DDP's in the same round at the same accumulation; above 1 is faster. "
-    "DDP again is the same thing built twice: what it differs from 1 by is noise",
+    "ratio_to_ddp: tokens per CPU-second over DDP's in the same round at the same accumulation; above 1 is faster. DDP "
+    "is there twice: a round's cost is the mean of both, and what they differ from 1 by is noise",
     "a rank that waits in gloo sleeps: cpu_seconds_of_waiting_a_second is what it spends in an all-reduce to which the "
     "others come a second late. So CPU-seconds count computing and copying, not waiting, nor what overlapping hides",
     "4 processes share 2 cores, and other jobs of the machine may use them too: tokens_per_second is what was seen and "
@@ -76,8 +79,8 @@ NOTES = [
     "the model is small: what an engine spends for each step and each module weighs more than at real widths, and with "
     "its defaults stage 3 keeps all of it whole but the embedding",
     "tensor-parallel ranks compute the sequences of all ranks that share their model, so all variants train the same",
-    "largest_difference: from DDP's loss (nats) and gradient norm (relative), over all steps; the norm's comes from "
-    "torch's fp32 norm on CPU, which DDP and stage 0 call: in float64 it is DeepSpeed's that is right",
+    "largest_difference: from DDP's loss (nats) and gradient norm (relative), over all steps. DDP's norm is summed in "
+    "float64, as stage 0's and DeepSpeed's are: torch's own on the CPU, in fp32, is inaccurate",
     "bytes_held: by kind, on the first rank, without activations and without the buffers that parallel.zero sizes; DDP "
     "has its gradients twice, as tensors and in its buckets",
 ]
@@ -129,7 +132,7 @@ class Variant:
 
 
 def torch_ddp(section: ModelSection, layout: ParallelLayout) -> Variant:
-    """What one would write by hand: DistributedDataParallel, torch's fused AdamW, clip_grad_norm_."""
+    """What one would write by hand: DistributedDataParallel, torch's fused AdamW, clipping by the norm."""
     model = build_decoder(section, seed=1)
     wrapped = DistributedDataParallel(model)
     optimizer = build_adamw(OPTIMIZER, dict(model.named_parameters()))
@@ -138,7 +141,10 @@ def torch_ddp(section: ModelSection, layout: ParallelLayout) -> Variant:
         (loss_sum * (layout.data_size / tokens)).backward()
 
     def update() -> Tensor:
-        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        # clip_grad_norm_, but for float64: torch's fp32 norm on the CPU is off by 0.3 % at this many gradients.
+        norms = [torch.linalg.vector_norm(weight.grad, dtype=torch.float64) for weight in model.parameters()]
+        norm = torch.linalg.vector_norm(torch.stack(norms)).float()
+        nn.utils.clip_grads_with_norm_(model.parameters(), CLIP, norm)
         optimizer.step()
         optimizer.zero_grad()
         return norm
@@ -186,7 +192,7 @@ def work(rounds: int, result: Path) -> None:
     section = validate(ModelSection, MODEL, "bench_parallel")
     with ExitStack() as stack:
         first = stack.enter_context(ParallelLayout(ParallelSection(device="cpu", threads=1)))
-        variants = {name: torch_ddp(section, first) for name in (BASE, "DDP again")}
+        variants = {name: torch_ddp(section, first) for name in (BASE, AGAIN)}
         for name, changes in ENGINES.items():
             parallel = validate(ParallelSection, {"device": "cpu", "threads": 1, **changes}, "bench_parallel")
             layout = stack.enter_context(ParallelLayout(parallel))
@@ -225,14 +231,13 @@ def summary(world: int, waiting: float, spent: Spent, seen: dict[str, Tensor], h
     rows, tokens = [], MICRO_BATCHES * SEQUENCES * world * SEQUENCE
     for name in spent:
         differences = (seen[name] - seen[BASE]).abs() / torch.stack([torch.ones_like(seen[BASE][0]), seen[BASE][1]])
-        if not bool((differences <= TOLERANCES).all()):
-            raise ValueError(f"{name} on {world} processes: losses and norms differ from {BASE}'s by {differences}")
-        difference = dict(zip(("loss", "grad_norm"), differences.amax(1).tolist(), strict=True))
+        difference = dict(zip(TOLERANCES, differences.amax(1).tolist(), strict=True))
+        if not all(difference[key] <= TOLERANCES[key] for key in TOLERANCES):  # this way round for nan
+            raise ValueError(f"{name} on {world} processes does not do what {BASE} does: {difference}")
         for accumulation, rounds in spent[name].items():
             row: dict[str, Any] = {"variant": name, "accumulation": accumulation, "largest_difference": difference}
-            row["ratio_to_ddp"] = spread(
-                base / cpu for (cpu, _), (base, _) in zip(rounds, spent[BASE][accumulation], strict=True)
-            )
+            twice = zip(spent[BASE][accumulation], spent[AGAIN][accumulation], rounds, strict=True)
+            row["ratio_to_ddp"] = spread((one + other) / 2 / cpu for (one, _), (other, _), (cpu, _) in twice)
             row["tokens_per_cpu_second"] = spread(tokens / cpu for cpu, _ in rounds)
             row["tokens_per_second"] = statistics.median(tokens / wall for _, wall in rounds)
             rows.append({**row, "bytes_held": held[name]})
@@ -275,7 +280,7 @@ def print_table(measured: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
