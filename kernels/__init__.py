@@ -16,10 +16,21 @@ else:
     from .linear_cross_entropy import (
         IGNORE_INDEX,
         OUTPUTS,
+        CompSum,
+        CrossEntropy,
         LossOutput,
         VocabShard,
         chunk_length,
         linear_cross_entropy,
     )
 
-    __all__ = ["IGNORE_INDEX", "OUTPUTS", "LossOutput", "VocabShard", "chunk_length", "linear_cross_entropy"]
+    __all__ = [
+        "IGNORE_INDEX",
+        "OUTPUTS",
+        "CompSum",
+        "CrossEntropy",
+        "LossOutput",
+        "VocabShard",
+        "chunk_length",
+        "linear_cross_entropy",
+    ]

@@ -1,158 +1,88 @@
-"""The blocked implementation, for any device: never more than a chunk of logits, gradients through autograd.
+"""The blocked implementation, for any device: never more than a chunk of logits.
 
-Reductions mean and sum form the gradients in the forward, while a chunk's logits are at hand (6 NVD); `none` has to
-wait for its upstream gradient and computes the logits again (8 NVD). Where nothing needs a gradient, 2 NVD.
+Reductions mean and sum form the gradients in the forward, while a chunk's logits are at hand (6 NVD); `none`, and
+outputs that are differentiated, have to wait for their upstream gradients and compute the logits again (8 NVD). Where
+nothing needs a gradient, 2 NVD. operator.py hangs these into autograd.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .checks import host_sees
-from .sweep import Swept, Wanted, sweep
-from .types import Terms, VocabShard
+from .gradient import Upstream
+from .sweep import Problem, Swept, Wanted, sweep
 
 
-def blocked_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    token_weights: Tensor | None,
-    terms: Terms,
-    reduction: str,
-    outputs: Sequence[str],
-    shard: VocabShard,
-) -> tuple[Tensor, dict[str, Tensor], int]:
-    """Loss, outputs, and the NVD of forward and backward, of hidden (N, D), weight (rows, D), targets (N,).
+@dataclass
+class Reduced:
+    """What one forward gives: the reduced loss; everything by token; and the gradients formed, if they were wanted.
 
-    Raises RuntimeError in a second backward through one loss of reduction mean or sum: its gradients were formed once,
-    and are handed over, not copied.
+    Gradients are those of Σ token_weights · losses / temperature but for `scale` and 1/temperature, still owed.
     """
-    names = tuple(dict.fromkeys(outputs))
-    needed = Wanted(*(x is not None and x.requires_grad for x in (hidden, weight, bias)))
-    if not (torch.is_grad_enabled() and any(needed)):
-        swept = sweep(hidden, weight, bias, targets, None, terms, shard, Wanted(), names)
-        loss, _ = reduce_losses(swept, targets, token_weights, terms, reduction)
-        return loss, swept.outputs, 2
-    products = 2 * (needed.hidden + needed.weight)
-    if reduction == "none":
-        loss, *rest = _Recomputed.apply(hidden, weight, bias, targets, token_weights, terms, names, shard)
-        nvd = 4 + products
-    else:
-        loss, *rest = _FormedInForward.apply(
-            hidden, weight, bias, targets, token_weights, terms, reduction, names, shard
-        )
-        nvd = 2 + products
-    return loss, dict(zip(names, rest, strict=True)), nvd
+
+    loss: Tensor
+    swept: Swept
+    scale: Tensor | None
+    """What makes Σ token_weights · losses the loss: None for 1, always None for reduction none."""
 
 
-def reduce_losses(
-    swept: Swept, targets: Tensor, token_weights: Tensor | None, terms: Terms, reduction: str
-) -> tuple[Tensor, Tensor | None]:
-    """The reduced loss, and the factor that turns Σ weight · loss into it: None for 1, always None for `none`.
+def reduced_loss(
+    problem: Problem, token_weights: Tensor | None, reduction: str, outputs: Sequence[str], wanted: Wanted
+) -> Reduced:
+    """The loss, and for mean and sum the gradients that are `wanted`.
 
     "mean" of no tokens, or of weights that sum to 0, is 0.
     """
-    losses = swept.losses
-    counted = targets != terms.ignore_index
-    weights = None
+    formed = wanted if reduction != "none" else Wanted()
+    swept = sweep(problem, formed, Upstream(loss=token_weights if any(formed) else None), outputs)
+    losses, counted = swept.losses, problem.targets != problem.terms.ignore_index
     if token_weights is not None:
-        weights = token_weights.to(losses.dtype).masked_fill(~counted, 0.0)
-        losses = losses * weights
+        losses = losses * token_weights.to(losses.dtype).masked_fill(~counted, 0.0)
     if reduction == "none":
-        return losses, None
+        return Reduced(losses, swept, None)
     if reduction == "sum":
-        return losses.sum(), None
-    divisor = counted.sum().to(losses.dtype) if weights is None else weights.sum()
-    factor = torch.where(divisor == 0, torch.zeros_like(divisor), 1.0 / divisor)
-    return losses.sum() * factor, factor
+        return Reduced(losses.sum(), swept, None)
+    scale = mean_scale(problem.targets, token_weights, problem.class_weights, problem.terms.ignore_index, problem.dtype)
+    return Reduced(losses.sum() * scale, swept, scale)
 
 
-class _FormedInForward(torch.autograd.Function):
-    """Reductions mean and sum: backward only has to scale what the forward left."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        token_weights: Tensor | None,
-        terms: Terms,
-        reduction: str,
-        outputs: tuple[str, ...],
-        shard: VocabShard,
-    ) -> tuple[Tensor, ...]:
-        wanted = Wanted(*ctx.needs_input_grad[:3])
-        swept = sweep(hidden, weight, bias, targets, token_weights, terms, shard, wanted, outputs)
-        loss, factor = reduce_losses(swept, targets, token_weights, terms, reduction)
-        # Saved as tensors rather than kept as attributes, so that activation checkpointing can drop and remake them.
-        ctx.save_for_backward(swept.hidden_grad, swept.weight_grad, swept.bias_grad, factor)
-        ctx.spent = False
-        ctx.temperature = terms.temperature
-        ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
-        rest = [swept.outputs[name] for name in outputs]
-        ctx.mark_non_differentiable(*rest)
-        return loss, *rest
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.spent:
-            raise RuntimeError(
-                "linear_cross_entropy: second backward through one loss; its gradients were formed in the forward and "
-                "have been used. Compute the loss again, or use reduction='none'."
-            )
-        ctx.spent = True
-        *gradients, factor = ctx.saved_tensors
-        scale = upstream / ctx.temperature
-        if factor is not None:
-            scale = scale * factor
-        return (*scale_gradients(gradients, ctx.dtypes, scale), None, None, None, None, None, None)
+def mean_scale(
+    targets: Tensor,
+    token_weights: Tensor | None,
+    class_weights: Tensor | None,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What makes a sum the mean over targets (N,): one over their count, each counting as much as its token weight
+    times its class weight; 0 where that is 0."""
+    counted = targets != ignore_index
+    weights = counted.to(dtype)
+    if token_weights is not None:
+        weights = weights * token_weights.to(dtype)
+    if class_weights is not None:
+        weights = weights * class_weights.to(dtype)[targets.masked_fill(~counted, 0)]
+    divisor = weights.masked_fill(~counted, 0.0).sum()
+    return torch.where(divisor == 0, torch.zeros_like(divisor), 1.0 / divisor)
 
 
-class _Recomputed(torch.autograd.Function):
-    """Reduction none: the upstream gradient gives each token its own factor, so the logits are computed twice."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        token_weights: Tensor | None,
-        terms: Terms,
-        outputs: tuple[str, ...],
-        shard: VocabShard,
-    ) -> tuple[Tensor, ...]:
-        swept = sweep(hidden, weight, bias, targets, None, terms, shard, Wanted(), outputs)
-        loss, _ = reduce_losses(swept, targets, token_weights, terms, "none")
-        ctx.save_for_backward(hidden, weight, bias, targets, token_weights)
-        ctx.terms, ctx.shard = terms, shard
-        rest = [swept.outputs[name] for name in outputs]
-        ctx.mark_non_differentiable(*rest)
-        return loss, *rest
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, token_weights = ctx.saved_tensors
-        factors = upstream / ctx.terms.temperature
-        if token_weights is not None:
-            factors = factors * token_weights.to(factors.dtype)
-        wanted = Wanted(*ctx.needs_input_grad[:3])
-        swept = sweep(hidden, weight, bias, targets, factors, ctx.terms, ctx.shard, wanted)
-        gradients = [swept.hidden_grad, swept.weight_grad, swept.bias_grad]
-        dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
-        return (*scale_gradients(gradients, dtypes, None), None, None, None, None, None)
+def recomputed_gradients(
+    problem: Problem, token_weights: Tensor | None, upstream: Upstream, wanted: Wanted
+) -> list[Tensor | None]:
+    """Gradients of hidden, weight and bias, in the dtype of `Swept`, from what reaches each token's loss (before its
+    weight) and outputs from above, (N,) each."""
+    loss = torch.zeros_like(problem.targets, dtype=problem.dtype) if upstream.loss is None else upstream.loss
+    if token_weights is not None:
+        loss = loss * token_weights.to(loss.dtype)
+    upstream = upstream._replace(loss=loss)
+    scale = 1.0 / problem.terms.temperature
+    upstream = Upstream(*(None if value is None else value * scale for value in upstream))
+    swept = sweep(problem, wanted, upstream)
+    return [swept.hidden_grad, swept.weight_grad, swept.bias_grad]
 
 
 def scale_gradients(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .comp_sum import CompSum, CrossEntropy
 from .types import OUTPUTS, Terms, VocabShard
 from .vocab_parallel import agree
 
@@ -23,11 +24,19 @@ def check_tensors(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
+    class_weights: Tensor | None,
     token_weights: Tensor | None,
     shard: VocabShard | None,
 ) -> None:
     """Raises ValueError where shapes, dtypes or devices do not fit together."""
-    named = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, "token_weights": token_weights}
+    named = {
+        "hidden": hidden,
+        "weight": weight,
+        "targets": targets,
+        "bias": bias,
+        "class_weights": class_weights,
+        "token_weights": token_weights,
+    }
     given = {name: tensor for name, tensor in named.items() if tensor is not None}
     for name, tensor in given.items():
         if tensor.device != hidden.device:
@@ -52,6 +61,15 @@ def check_tensors(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+    vocab_size = len(weight) if shard is None else shard.vocab_size
+    if class_weights is not None:
+        if class_weights.shape != (vocab_size,):
+            raise ValueError(
+                f"class_weights must have shape ({vocab_size},), one for each token of the whole vocabulary, got "
+                f"{tuple(class_weights.shape)}"
+            )
+        if class_weights.requires_grad:
+            raise ValueError("class_weights gets no gradient: detach it")
     if token_weights is not None:
         if token_weights.shape != targets.shape:
             raise ValueError(
@@ -61,8 +79,16 @@ def check_tensors(
             raise ValueError("token_weights gets no gradient: detach it, or weight the losses of reduction='none'")
 
 
-def check_terms(terms: Terms, reduction: str, outputs: Sequence[str]) -> None:
+def check_terms(
+    terms: Terms,
+    reduction: str,
+    outputs: Sequence[str],
+    weight_grad_dtype: torch.dtype | None,
+    filter_bound: float | None,
+) -> None:
     """Raises ValueError where a constant is out of its range or a name is not one of those known."""
+    if terms.shift < 0:
+        raise ValueError(f"shift must not be negative, got {terms.shift}")
     if not 0.0 <= terms.label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {terms.label_smoothing}")
     if not 0.0 <= terms.z_loss < float("inf"):
@@ -73,11 +99,35 @@ def check_terms(terms: Terms, reduction: str, outputs: Sequence[str]) -> None:
         raise ValueError(f"temperature must be finite and positive, got {terms.temperature}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if weight_grad_dtype is not None and weight_grad_dtype not in FLOATS:
+        raise ValueError(f"weight_grad_dtype must be a floating-point dtype or None, got {weight_grad_dtype}")
+    if filter_bound is not None and not 0.0 <= filter_bound < 1.0:
+        raise ValueError(f"filter_bound must lie in [0, 1), or be None for no filter, got {filter_bound}")
     if isinstance(outputs, str):
         raise ValueError(f"outputs must be a sequence of names such as ({outputs!r},), got the string {outputs!r}")
     for name in outputs:
         if name not in OUTPUTS:
             raise ValueError(f"outputs may name {', '.join(OUTPUTS)}; got {name!r}")
+
+
+def check_perturbation(
+    loss: CrossEntropy | CompSum, perturbed: Tensor | None, hidden: Tensor, softcap: float | None
+) -> None:
+    """Raises ValueError unless there is a perturbation exactly where the loss has a term for it."""
+    if not isinstance(loss, CrossEntropy | CompSum):
+        raise ValueError(f"loss must be a CrossEntropy or a CompSum, got {loss!r}")
+    if isinstance(loss, CompSum) and loss.nu > 0.0:
+        if perturbed is None:
+            raise ValueError(f"loss has nu {loss.nu}: perturbed_hidden must be given, with the shape of hidden")
+        if perturbed.shape != hidden.shape or perturbed.device != hidden.device or perturbed.dtype not in FLOATS:
+            raise ValueError(
+                f"perturbed_hidden must be like hidden, {tuple(hidden.shape)} on {hidden.device}, got "
+                f"{tuple(perturbed.shape)} {perturbed.dtype} on {perturbed.device}"
+            )
+        if softcap is not None:
+            raise ValueError("a loss with nu needs a linear head: it does not go together with softcap")
+    elif perturbed is not None:
+        raise ValueError("perturbed_hidden is only for a loss CompSum(nu=...) with nu above 0")
 
 
 def check_shard(shard: VocabShard, weight: Tensor) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .blocked import blocked_loss
-from .checks import check_shard, check_targets, check_tensors, check_terms
+from .adversarial import margin_changes
+from .blocked import mean_scale
+from .checks import check_perturbation, check_shard, check_targets, check_tensors, check_terms
+from .comp_sum import CompSum, CrossEntropy
+from .operator import loss_operator, shifted
 from .reference import reference_loss
-from .types import IGNORE_INDEX, LossOutput, Reduction, Terms, VocabShard
-from .vocab_parallel import gather_problem
+from .types import IGNORE_INDEX, OUTPUTS, LossOutput, Reduction, Terms, VocabShard
+from .vocab_parallel import gather_problem, whole_hidden
+
+CROSS_ENTROPY = CrossEntropy()
 
 
 def linear_cross_entropy(
@@ -20,8 +26,12 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    class_weights: Tensor | None = None,
     token_weights: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
+    shift: int = 0,
+    loss: CrossEntropy | CompSum = CROSS_ENTROPY,
+    perturbed_hidden: Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -29,28 +39,44 @@ def linear_cross_entropy(
     reduction: Reduction = "mean",
     outputs: Sequence[str] = (),
     shard: VocabShard | None = None,
+    weight_grad_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
+    filter_bound: float | None = None,
     implementation: str = "auto",
 ) -> LossOutput:
-    """Cross-entropy of the linear head `weight`, without ever holding the logits of all tokens.
+    """Cross-entropy, or another comp-sum loss, of the linear head `weight`, without ever holding all tokens' logits.
 
-    For each token, with h its hidden state, y its target and sums over the V rows below `shard.vocab_size`:
+    For each token, with h its hidden state, y its target, V the vocabulary (`shard.vocab_size`, or all rows), sums over
+    its rows, and w the class weights (1 where none are given):
 
-        u = weight · h + bias;  c = softcap · tanh(u / softcap), or u where softcap is None;  z = c / temperature
-        lse = log Σ exp z
-        loss = (1 − label_smoothing) · (lse − z_y) + label_smoothing · (lse − Σ z / V) + z_loss · lse²
+        u = weight · h + bias;  c = softcap · tanh(u / softcap), or u where softcap is None
+        z = c / (temperature · rho);  lse = log Σ exp z;  log p = z − lse
+        f(p) = −log p, or (1 − p^(tau − 1)) / (tau − 1) for CompSum
+        loss = (1 − label_smoothing) · w_y · f(p_y) + label_smoothing · Σ w · f(p) / V + z_loss · lse² + nu · ‖change‖
 
-    (the smoothed cross-entropy is torch's), times the token's weight where token_weights is given, and 0 where the
-    target is ignore_index.
+    (the smoothed cross-entropy is torch's; for `change` see `CompSum`), times the token's weight where token_weights is
+    given, and 0 where the target is ignore_index.
 
     hidden         (..., D), fp32, bf16, fp16 or float64; any strides.
     weight         (rows, D), the same choice of dtypes, not necessarily hidden's; rows at or beyond vocab_size are
                    padding: no probability, exactly zero gradient.
     targets        (...), int64 ids in [0, vocab_size), or ignore_index.
-    bias           (rows,); token_weights (...), without gradient.
+    bias           (rows,).
+    class_weights  (vocab_size,), without gradient; of the whole vocabulary also where ranks share it.
+    token_weights  (...), without gradient.
+    shift          hidden at place t of the last dimension of targets predicts targets[t + shift], which brings its
+                   token weight along; the last `shift` places count as ignored.
     reduction      "none" gives the losses, (...); "sum" their sum; "mean" divides the sum by this call's count of
-                   tokens that are not ignored, or by the sum of their weights; it is 0 where that is 0.
-    outputs        names of `LossOutput` fields wanted beside the loss; all of them are detached.
+                   tokens that are not ignored, or by the sum of their w_y times their token weight; it is 0 where that
+                   is 0.
+    outputs        names of `LossOutput` fields wanted beside the loss.
     shard          which rows the weight holds; by default all of the vocabulary, and all are real. See below.
+    weight_grad_dtype  dtype in which the weight's gradient is handed to autograd; None: the weight's. With fp32 and a
+                   16-bit weight the sum that was formed in fp32 reaches `weight.grad` unrounded, if
+                   `weight.grad_dtype = torch.float32` was set (torch 2.10); otherwise autograd rounds it.
+    deterministic  the same bits for the same inputs, machine and threads: the blocked form on CPU always is.
+    filter_bound   share of a row's probability that may be left out of the gradients. The blocked form leaves out
+                   nothing, which is within every bound.
     implementation "blocked", "reference" (float64, plain torch, full logits: for tests), or "auto": blocked.
 
     Arithmetic is fp32 for fp32 and 16-bit inputs (a 16-bit weight is copied to fp32 for the call), float64 where
@@ -60,7 +86,8 @@ def linear_cross_entropy(
 
     Costs in multiples of N·V·D operations, forward and backward: 6 for mean and sum, whose gradients are formed in the
     forward and can be used once (a second backward raises RuntimeError); 8 for none; 2 less for each of hidden and
-    weight that needs no gradient; 2 under no_grad. torch.compile breaks its graph at the call.
+    weight that needs no gradient; 2 under no_grad. Where outputs are differentiated beside a mean or sum, all is
+    recomputed in the backward: 6 more. torch.compile takes the call into its graph as one operator.
 
     Where ranks share the vocabulary (`shard.group`): each holds its own rows of weight and bias, and all call this
     together, with otherwise the same arguments and the same inputs in need of gradients.
@@ -78,62 +105,118 @@ def linear_cross_entropy(
     Raises ValueError for shapes, dtypes and constants that don't fit, and on the CPU for a target out of range, naming
     its value and position (elsewhere an assertion on the device, since the host doesn't wait).
     """
-    if torch.compiler.is_compiling():
-        return _outside_compilation()(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            token_weights=token_weights,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            temperature=temperature,
-            reduction=reduction,
-            outputs=outputs,
-            shard=shard,
-            implementation=implementation,
-        )
     if implementation not in ("auto", "blocked", "reference"):
         raise ValueError(f"implementation must be 'auto', 'blocked' or 'reference', got {implementation!r}")
-    check_tensors(hidden, weight, targets, bias, token_weights, shard)
-    shard = VocabShard(0, len(weight), len(weight)) if shard is None else shard
-    check_shard(shard, weight)
-    terms = Terms(shard.vocab_size, ignore_index, label_smoothing, z_loss, softcap, temperature)
-    check_terms(terms, reduction, outputs)
-    check_targets(targets, terms)
-
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    weights = None if token_weights is None else token_weights.reshape(-1)
-    if implementation == "reference" and shard.ranks > 1:
-        rows, weight, bias = gather_problem(rows, weight, bias, shard)
-    arguments = (rows, weight, bias, targets.reshape(-1), weights, terms, reduction, outputs)
+    check_tensors(hidden, weight, targets, bias, class_weights, token_weights, shard)
+    check_perturbation(loss, perturbed_hidden, hidden, softcap)
+    if shard is None:
+        shard = VocabShard(0, len(weight), len(weight))
+    tau, rho, nu = (loss.tau, loss.rho, loss.nu) if isinstance(loss, CompSum) else (1.0, 1.0, 0.0)
+    terms = Terms(shard.vocab_size, ignore_index, shift, tau, label_smoothing, z_loss, softcap, temperature)
+    check_terms(terms, reduction, outputs, weight_grad_dtype, filter_bound)
+    names = tuple(dict.fromkeys(outputs))
+    if shard.ranks == 1:
+        check_shard(shard, weight)
+    terms = replace(terms, temperature=temperature * rho)
+    needed = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
     if implementation == "reference":
-        loss, extras = reference_loss(*arguments)
-        nvd = 2 + 2 * (hidden.requires_grad + weight.requires_grad) * torch.is_grad_enabled()
-        ran = f"reference, {nvd} NVD"
-    else:
-        loss, extras, nvd = blocked_loss(*arguments, shard)
-        ran = f"blocked, {nvd} NVD"
-    if reduction == "none":
-        loss = loss.reshape(targets.shape)
-    return LossOutput(
-        loss=loss,
-        implementation=ran,
-        **{key: value.reshape(targets.shape) for key, value in extras.items()},
+        value, extras = _reference(
+            hidden, weight, bias, class_weights, targets, token_weights, terms, reduction, names, shard,
+            perturbed_hidden, nu,
+        )  # fmt: skip
+        ran = f"reference, {2 + 2 * (needed[0] + needed[1])} NVD"
+        return LossOutput(value, ran, **extras)
+
+    value, *rest = loss_operator(
+        hidden,
+        weight,
+        bias,
+        class_weights,
+        targets,
+        token_weights,
+        shard.key,
+        terms.vocab_size,
+        terms.ignore_index,
+        terms.shift,
+        terms.tau,
+        terms.label_smoothing,
+        terms.z_loss,
+        terms.softcap,
+        terms.temperature,
+        reduction,
+        ",".join(names),
+        weight_grad_dtype,
+        needed,
     )
+    extras = {name: output for name, output in zip(OUTPUTS, rest, strict=False) if name in names}
+    if perturbed_hidden is not None:
+        value = value + nu * _adversarial_part(
+            hidden, perturbed_hidden, weight, targets, token_weights, class_weights, terms, reduction, shard
+        )
+    return LossOutput(value, _account(needed, reduction), **extras)
 
 
-_uncompiled: Callable[..., LossOutput] | None = None
+def _account(needed: Sequence[bool], reduction: str) -> str:
+    """What runs, and its cost."""
+    products = 2 * (needed[0] + needed[1])
+    if not any(needed):
+        return "blocked, 2 NVD"
+    if reduction == "none":
+        return f"blocked, recomputed in the backward, {4 + products} NVD"
+    return f"blocked, formed in the forward, {2 + products} NVD"
 
 
-def _outside_compilation() -> Callable[..., LossOutput]:
-    """linear_cross_entropy, which the compiler calls rather than traces.
+def _reference(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    class_weights: Tensor | None,
+    targets: Tensor,
+    token_weights: Tensor | None,
+    terms: Terms,
+    reduction: str,
+    names: Sequence[str],
+    shard: VocabShard,
+    perturbed: Tensor | None,
+    nu: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and outputs in the shapes of the interface."""
+    check_shard(shard, weight)
+    check_targets(targets, terms)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    moved = None if perturbed is None else perturbed.reshape(rows.shape)
+    if shard.ranks > 1:
+        if moved is not None and shard.sequence_parallel:
+            moved = whole_hidden(moved, shard)
+        rows, weight, bias = gather_problem(rows, weight, bias, shard)
+    flat = shifted(targets, terms.shift, terms.ignore_index).reshape(-1)
+    weights = None if token_weights is None else shifted(token_weights, terms.shift, 0.0).reshape(-1)
+    value, extras = reference_loss(rows, weight, bias, class_weights, flat, weights, terms, reduction, names, moved, nu)
+    shaped = {name: output.reshape(targets.shape) for name, output in extras.items()}
+    return value.reshape(targets.shape) if reduction == "none" else value, shaped
 
-    Made on first use in a compiled region: torch.compiler.disable imports the compiler, which takes seconds.
-    """
-    global _uncompiled
-    if _uncompiled is None:
-        _uncompiled = torch.compiler.disable(linear_cross_entropy)
-    return _uncompiled
+
+def _adversarial_part(
+    hidden: Tensor,
+    perturbed: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor | None,
+    class_weights: Tensor | None,
+    terms: Terms,
+    reduction: str,
+    shard: VocabShard,
+) -> Tensor:
+    """The change of the margins, weighted and reduced as the loss is."""
+    flat = shifted(targets, terms.shift, terms.ignore_index).reshape(-1)
+    weights = None if token_weights is None else shifted(token_weights, terms.shift, 0.0).reshape(-1)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    changes = margin_changes(rows, perturbed.reshape(rows.shape), weight, flat, terms, shard)
+    if weights is not None:
+        changes = changes * weights.to(changes.dtype).masked_fill(flat == terms.ignore_index, 0.0)
+    if reduction == "none":
+        return changes.reshape(targets.shape)
+    total = changes.sum()
+    if reduction == "mean":
+        total = total * mean_scale(flat, weights, class_weights, terms.ignore_index, changes.dtype)
+    return total

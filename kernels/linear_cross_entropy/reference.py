@@ -14,36 +14,47 @@ def reference_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    class_weights: Tensor | None,
     targets: Tensor,
     token_weights: Tensor | None,
     terms: Terms,
     reduction: str,
     outputs: Sequence[str],
+    perturbed: Tensor | None = None,
+    nu: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and outputs, all float64, of hidden (N, D), weight (rows, D), bias (rows,), targets and token_weights (N,).
+    """Loss and outputs, all float64, of hidden (N, D), weight (rows, D), bias (rows,), targets and token_weights (N,)
+    after the shift.
 
     Written to be read against the formulas of `linear_cross_entropy`, not to be fast; nothing is shared with the
     blocked implementation that it judges.
     """
     index = (targets != terms.ignore_index).nonzero().squeeze(1)
-    kept = targets[index]
-    logits = hidden[index].double() @ weight[: terms.vocab_size].double().T
+    kept, matrix = targets[index], weight[: terms.vocab_size].double()
+    logits = hidden[index].double() @ matrix.T
     if bias is not None:
         logits = logits + bias[: terms.vocab_size].double()
     if terms.softcap is not None:
         logits = terms.softcap * torch.tanh(logits / terms.softcap)
     logits = logits / terms.temperature
+    classes = torch.ones_like(matrix[:, 0].detach()) if class_weights is None else class_weights.double()
 
     lse = torch.logsumexp(logits, dim=-1)
     log_probs = torch.log_softmax(logits, dim=-1)
-    logprob = log_probs.gather(1, kept[:, None]).squeeze(1)
-    losses = (1 - terms.label_smoothing) * -logprob + terms.z_loss * lse.square()
+    by_label = classes * _comp_sum(log_probs, terms.tau)  # (n, V): the loss, were each token the label
+    losses = (1 - terms.label_smoothing) * by_label.gather(1, kept[:, None]).squeeze(1)
     if terms.label_smoothing:
-        losses = losses + terms.label_smoothing * -log_probs.mean(dim=-1)
-    divisor = torch.tensor(float(len(index)), dtype=torch.float64, device=losses.device)
+        losses = losses + terms.label_smoothing * by_label.mean(dim=-1)
+    losses = losses + terms.z_loss * lse.square()
+    if perturbed is not None:
+        change = (perturbed[index].double() - hidden[index].double()) @ matrix.T
+        margins = change.gather(1, kept[:, None]) - change
+        losses = losses + nu * torch.linalg.vector_norm(margins, dim=-1)
+
+    weights = classes[kept]
     if token_weights is not None:
-        kept_weights = token_weights[index].double()
-        losses, divisor = losses * kept_weights, kept_weights.sum()
+        losses = losses * token_weights[index].double()
+        weights = weights * token_weights[index].double()
 
     def spread(values: Tensor) -> Tensor:
         return values.new_zeros(targets.shape).index_put((index,), values)
@@ -53,14 +64,23 @@ def reference_loss(
     else:
         loss = losses.sum()
         if reduction == "mean":
+            divisor = weights.sum()
             loss = loss * torch.where(divisor == 0, torch.zeros_like(divisor), 1 / divisor)
 
-    probs = log_probs.detach().exp()
+    best = logits.argmax(dim=-1, keepdim=True)
     every = {
-        "lse": lse.detach,
-        "logprob": logprob.detach,
-        "entropy": lambda: torch.special.entr(probs).sum(dim=-1),
-        "max_prob": lambda: probs.amax(dim=-1),
-        "correct": lambda: logits.detach().argmax(dim=-1) == kept,
+        "lse": lambda: lse,
+        "logprob": lambda: log_probs.gather(1, kept[:, None]).squeeze(1),
+        # exp(log p)·log p is 0 · −inf, hence NaN, for a token that a bias of −inf masks out.
+        "entropy": lambda: torch.special.entr(log_probs.exp()).sum(dim=-1),
+        "max_prob": lambda: log_probs.gather(1, best).squeeze(1).exp(),
+        "correct": lambda: best.squeeze(1) == kept,
     }
     return loss, {name: spread(every[name]()) for name in outputs}
+
+
+def _comp_sum(log_probs: Tensor, tau: float) -> Tensor:
+    """(1 − p^(tau − 1)) / (tau − 1)."""
+    if tau == 1.0:
+        return -log_probs
+    return -torch.expm1((tau - 1.0) * log_probs) / (tau - 1.0)

@@ -7,14 +7,21 @@ count, how many make a chunk, and where the gradients gather.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checks import host_sees
-from .chunk import draw_statistics, replace_by_gradient, replace_by_softmax, write_logits
+from .chunk import (
+    Buffers,
+    ChunkStatistics,
+    ClassWeights,
+    replace_by_softmax,
+    write_logits,
+)
+from .gradient import Upstream, replace_by_gradient, weigh
 from .types import Terms, VocabShard
 from .vocab_parallel import combine, complete_hidden_gradient, gather, own_columns
 
@@ -36,11 +43,30 @@ class Wanted(NamedTuple):
 
 
 @dataclass
+class Problem:
+    """The tensors of a call, and what they mean: hidden (N, D), of this rank's tokens; weight (rows, D), bias (rows,);
+    targets (N,), after the shift; class_weights (vocab_size,)."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    class_weights: Tensor | None
+    targets: Tensor
+    terms: Terms
+    shard: VocabShard
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the arithmetic."""
+        return arithmetic_dtype(self.hidden, self.weight)
+
+
+@dataclass
 class Swept:
     """losses (N,), unreduced and without token weights, 0 where ignored; outputs (N,); gradients that were wanted.
 
-    Gradients are those of Σ row_factors · losses, but for the factor 1/temperature, which the caller still owes. The
-    hidden gradient has hidden's dtype and shape, weight's and bias's the dtype of the arithmetic.
+    Gradients are those of Σ upstream · (losses and outputs), but for the factor 1/temperature, which the caller still
+    owes. The hidden gradient has hidden's dtype and shape, weight's and bias's the dtype of the arithmetic.
     """
 
     losses: Tensor
@@ -68,26 +94,27 @@ class Tokens:
     """The tokens that count. On the CPU ignored ones are dropped before anything is computed.
 
     Elsewhere finding them would make the host wait for the device, so they stay, as zero vectors with target 0 and
-    factor 0, and what they give is blanked at the end.
+    nothing from upstream, and what they give is blanked at the end.
     """
 
-    def __init__(self, targets: Tensor, row_factors: Tensor | None, ignore_index: int, dtype: torch.dtype) -> None:
+    def __init__(self, targets: Tensor, upstream: Upstream, ignore_index: int, dtype: torch.dtype) -> None:
         self.total = len(targets)
         self.index: Tensor | None = None
         self.ignored: Tensor | None = None
         ignored = targets == ignore_index
-        factors = None if row_factors is None else row_factors.to(dtype)
+        upstream = Upstream(*(None if value is None else value.to(dtype) for value in upstream))
         if not host_sees(targets):
             self.ignored = ignored
             targets = targets.masked_fill(ignored, 0)
             # A factor for every row even where all are 1: the ignored ones need their 0.
-            factors = torch.ones_like(targets, dtype=dtype) if factors is None else factors
-            factors = factors.masked_fill(ignored, 0.0)
+            loss = torch.ones_like(targets, dtype=dtype) if upstream.loss is None else upstream.loss
+            upstream = upstream._replace(loss=loss)
+            upstream = Upstream(*(None if value is None else value.masked_fill(ignored, 0.0) for value in upstream))
         elif ignored.any():
-            self.index = (~ignored).nonzero().squeeze(1)
-            targets = targets[self.index]
-            factors = None if factors is None else factors[self.index]
-        self.targets, self.factors = targets, factors
+            index = self.index = (~ignored).nonzero().squeeze(1)
+            targets = targets[index]
+            upstream = Upstream(*(None if value is None else value[index] for value in upstream))
+        self.targets, self.upstream = targets, upstream
 
     def take(self, hidden: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
         """hidden of these tokens, (n, D), in `dtype`."""
@@ -96,6 +123,10 @@ class Tokens:
         chosen = hidden[rows].to(dtype)
         return chosen if self.ignored is None else chosen.masked_fill(self.ignored[rows, None], 0.0)
 
+    def upstream_of(self, rows: slice) -> Upstream:
+        """(n, 1) each."""
+        return Upstream(*(None if value is None else value[rows, None] for value in self.upstream))
+
     def spread(self, values: Tensor) -> Tensor:
         """Values of the tokens that count, back at their places among all tokens, 0 at the ignored ones."""
         if self.index is not None:
@@ -103,70 +134,69 @@ class Tokens:
         return values if self.ignored is None else values.masked_fill(self.ignored, 0)
 
 
-def sweep(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    row_factors: Tensor | None,
-    terms: Terms,
-    shard: VocabShard,
-    wanted: Wanted,
-    outputs: Sequence[str] = (),
-) -> Swept:
-    """Everything about hidden (N, D), weight (rows, D), bias (rows,), targets (N,) in one pass.
+def sweep(problem: Problem, wanted: Wanted, upstream: Upstream, outputs: Sequence[str] = ()) -> Swept:
+    """Everything about a problem in one pass.
 
     2 NVD, and 2 more for each of hidden's and weight's gradients, V being this rank's. Memory beyond the results: one
-    chunk of logits (two with a softcap, for its slope, and with the entropy), and an fp32 copy of a weight that is held
-    in 16 bits. Where ranks share the vocabulary also the whole hidden under sequence parallelism, and hidden's gradient
-    in the dtype of the arithmetic. Collectives: an all-gather a chunk, and one for each of these two.
+    chunk of logits (one more each for a softcap's slope, for the entropy, and for label smoothing with a tau), and an
+    fp32 copy of a weight that is held in 16 bits. Where ranks share the vocabulary also the whole hidden under sequence
+    parallelism, and hidden's gradient in the dtype of the arithmetic. Collectives: an all-gather a chunk, and one for
+    each of these two.
     """
+    hidden, weight, shard, terms, dtype = problem.hidden, problem.weight, problem.shard, problem.terms, problem.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         with torch.autocast(hidden.device.type, enabled=False):
-            return sweep(hidden, weight, bias, targets, row_factors, terms, shard, wanted, outputs)
-    dtype, hidden_dtype = arithmetic_dtype(hidden, weight), hidden.dtype
-    shared = shard.ranks > 1
+            return sweep(problem, wanted, upstream, outputs)
+    hidden_dtype, shared = hidden.dtype, shard.ranks > 1
     if shared and shard.sequence_parallel:
         hidden = gather(hidden, shard)
-    tokens = Tokens(targets, row_factors, terms.ignore_index, dtype)
+    tokens = Tokens(problem.targets, upstream, terms.ignore_index, dtype)
     label_columns, mine = own_columns(tokens.targets, shard) if shared else (tokens.targets, None)
     matrix = weight[: shard.columns].to(dtype)
-    offsets = None if bias is None else bias[: shard.columns].to(dtype)
+    offsets = None if problem.bias is None else problem.bias[: shard.columns].to(dtype)
+    class_weights = None if problem.class_weights is None else problem.class_weights.to(dtype)
+    names = {*outputs, *(name for name, value in upstream._asdict().items() if value is not None)}
 
     count = len(tokens.targets)
     # By the rank with most columns: all ranks must have the same chunks, or their collectives would not meet.
     length = chunk_length(count, shard.most_columns, dtype.itemsize, host_sees(hidden))
-    buffer = hidden.new_empty((length, shard.columns), dtype=dtype)
-    slopes = torch.empty_like(buffer) if terms.softcap is not None and any(wanted) else None
+    buffers = Buffers(
+        length,
+        matrix,
+        shard.columns,
+        slope=terms.softcap is not None and any(wanted),
+        powers=terms.tau != 1.0 and terms.label_smoothing > 0.0,
+        scratch="entropy" in names,
+    )
     gradients = Gradients(hidden, dtype if shared else hidden_dtype, weight, shard.columns, wanted, dtype)
     results: dict[str, list[Tensor]] = {name: [] for name in ("losses", *outputs)}
 
     for start in range(0, count, max(length, 1)):
         rows = slice(start, min(start + length, count))
-        chosen = tokens.take(hidden, rows, dtype)
-        labels = label_columns[rows, None]
-        logits = buffer[: len(chosen)]
-        slope = None if slopes is None else slopes[: len(chosen)]
-        write_logits(chosen, matrix, offsets, terms, logits, slope)
-        if mine is None:
-            chunk = draw_statistics(replace_by_softmax(logits, labels, None, terms, outputs), outputs)
-        else:
-            own = replace_by_softmax(logits, labels, mine[rows, None], terms, outputs)
-            whole, share = combine(own, mine[rows, None], shard)
-            chunk = replace(draw_statistics(whole, outputs), share=share, mine=mine[rows, None])
-        results["losses"].append(chunk.losses(terms))
+        chosen, labels = tokens.take(hidden, rows, dtype), label_columns[rows, None]
+        classes = None
+        if class_weights is not None:
+            own = class_weights[shard.start : shard.start + shard.columns]
+            classes = ClassWeights(own, class_weights.sum(), class_weights[tokens.targets[rows, None]])
+        here = buffers.of(len(chosen))
+        write_logits(chosen, matrix, offsets, terms, here)
+        mine_here = None if mine is None else mine[rows, None]
+        softmax, share = replace_by_softmax(here, labels, mine_here, terms, classes, names), None
+        if mine_here is not None:
+            softmax, share = combine(softmax, mine_here, shard, terms)
+        chunk = ChunkStatistics(softmax, terms, classes, share, mine_here)
+        results["losses"].append(chunk.losses())
         for name in outputs:
-            results[name].append(chunk.outputs[name])
+            results[name].append(chunk.output(name))
         if any(wanted):
-            replace_by_gradient(logits, labels, chunk, terms, slope)
-            factors = None if tokens.factors is None else tokens.factors[rows, None]
-            gradients.add(logits, chosen, matrix, factors, rows, tokens)
+            coefficients = weigh(chunk, tokens.upstream_of(rows))
+            replace_by_gradient(here, labels, chunk, coefficients)
+            gradients.add(here["logits"], chosen, matrix, coefficients.rows, rows, tokens)
 
-    empty = {"losses": dtype, "correct": torch.bool}
     joined = {
         name: tokens.spread(torch.cat(parts).squeeze(1))
         if parts
-        else hidden.new_zeros(tokens.total, dtype=empty.get(name, dtype))
+        else hidden.new_zeros(tokens.total, dtype=torch.bool if name == "correct" else dtype)
         for name, parts in results.items()
     }
     hidden_grad, weight_grad, bias_grad = gradients.finish(any_rows=count > 0)

@@ -1,7 +1,9 @@
-"""What the linear cross-entropy takes and gives: the vocabulary shard, the terms of the loss, the result."""
+"""What the linear cross-entropy takes and gives: the vocabulary shard, the constants of a call, the result."""
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -15,6 +17,9 @@ OUTPUTS = ("lse", "logprob", "entropy", "max_prob", "correct")
 """The per-token outputs that can be asked for."""
 
 Reduction = Literal["mean", "sum", "none"]
+
+_shards: weakref.WeakValueDictionary[str, VocabShard] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,10 @@ class VocabShard:
     sequence_parallel: bool = False
     stops: tuple[int, ...] = field(default=(), init=False, repr=False, compare=False)
     """Where each rank's rows end: set by the first loss, and empty before, and always where one rank holds all."""
+    ranks: int = field(default=1, init=False, repr=False, compare=False)
+    """Ranks that hold the vocabulary together."""
+    key: str = field(default="", init=False, repr=False, compare=False)
+    """A name for this object in this process, by which a custom operator finds it; empty where one rank holds all."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
@@ -52,11 +61,23 @@ class VocabShard:
             raise ValueError(
                 f"VocabShard: group must be a ProcessGroup that this process is in, or None, got {self.group!r}"
             )
+        if self.group is not None and self.group.size() > 1:
+            object.__setattr__(self, "ranks", self.group.size())
+            object.__setattr__(self, "key", f"vocabulary shard {next(_numbers)}")
+            _shards[self.key] = self
+
+    @classmethod
+    def find(cls, key: str) -> VocabShard:
+        """The shard over several ranks that has this key. Raises RuntimeError where it is gone."""
+        shard = _shards.get(key)
+        if shard is None:
+            raise RuntimeError(f"{key}: dropped, or of another process; keep the VocabShard as long as its losses")
+        return shard
 
     @property
-    def ranks(self) -> int:
-        """Ranks that hold the vocabulary together."""
-        return 1 if self.group is None else self.group.size()
+    def rank(self) -> int:
+        """This process's place among the ranks."""
+        return 0 if self.group is None else self.group.rank()
 
     @property
     def columns(self) -> int:
@@ -76,6 +97,8 @@ class Terms:
 
     vocab_size: int
     ignore_index: int = IGNORE_INDEX
+    shift: int = 0
+    tau: float = 1.0
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     softcap: float | None = None
@@ -85,17 +108,18 @@ class Terms:
 class LossOutput(NamedTuple):
     """A loss, and what was asked for beside it; the outputs that were not asked for are None.
 
-    `loss` is differentiable with respect to hidden, weight and bias. The other tensors have the shape of the targets,
-    are detached, and hold 0 (False) at ignored tokens. They describe the final logits, after softcap and temperature:
+    All but `correct` are differentiable with respect to hidden, weight and bias. The outputs have the shape of the
+    targets and hold 0 (False) at ignored tokens. They describe the final logits, after softcap and temperature:
 
     lse       log-sum-exp over the vocabulary
     logprob   log-probability of the target
     entropy   of the predicted distribution, in nats
-    max_prob  probability of the likeliest token
+    max_prob  probability of the likeliest token; its gradient is that of this one token
     correct   bool: the target is the likeliest token (of equal ones, the one with the lowest id)
 
-    dtype: fp32, or float64 for float64 inputs and for the reference. `implementation` says what ran, and how many
-    multiples of N·V·D floating-point operations its forward and backward take together: "blocked, 6 NVD".
+    dtype: fp32, or float64 for float64 inputs and for the reference. `implementation` says what ran, where the
+    gradients are formed, and how many multiples of N·V·D floating-point operations forward and backward take together:
+    "blocked, formed in the forward, 6 NVD".
     """
 
     loss: Tensor

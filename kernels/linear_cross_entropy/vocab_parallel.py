@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .chunk import Softmax
-from .types import VocabShard
+from .types import Terms, VocabShard
 
 # torch 2.13 renamed these two, and warns of the names that earlier versions know.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -56,15 +56,15 @@ def own_columns(targets: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
     return (targets - shard.start).masked_fill(~mine, 0), mine
 
 
-def combine(own: Softmax, mine: Tensor, shard: VocabShard) -> tuple[Softmax, Tensor]:
+def combine(own: Softmax, mine: Tensor, shard: VocabShard, terms: Terms) -> tuple[Softmax, Tensor]:
     """The softmax over all ranks' columns from that over each rank's, and (n, 1) the share that falls to this rank.
 
     One collective. A rank's largest logit and its sum of exponentials (1 / max_prob) travel apart: added up to one
     log-sum-exp, logits of ten thousand would leave fp32 three digits of it after the point.
     """
     facts = [own.largest_logit, own.max_prob, own.others, own.label_logit.masked_fill(~mine, 0.0)]
-    if own.mean_logit is not None:
-        facts.append(own.mean_logit * (shard.columns / shard.vocab_size))
+    if own.smoothing is not None:
+        facts.append(own.smoothing)
     if own.entropy is not None:
         facts.append(own.entropy)
     if own.correct is not None:
@@ -78,27 +78,33 @@ def combine(own: Softmax, mine: Tensor, shard: VocabShard) -> tuple[Softmax, Ten
     total = masses.sum(0)
     shares = masses / total
     label_logit = label_logits.sum(0)  # all but one are 0
-    mean_logit = entropy = correct = None
-    if own.mean_logit is not None:
-        mean_logit = next(heard).sum(0)[:, None]
+    smoothing = entropy = top_here = correct = None
+    if own.smoothing is not None:
+        smoothing = next(heard)
+        if terms.tau != 1.0:  # powers of each rank's own softmax; a rank without columns has none
+            smoothing = torch.where(smoothing == 0, smoothing, smoothing * shares.pow(terms.tau - 1.0))
+        smoothing = smoothing.sum(0)[:, None]
     if own.entropy is not None:
         # That of the choice of a rank, and the mean of those within the ranks.
         entropy = (shares * next(heard) + torch.special.entr(shares)).sum(0)[:, None]
     if own.correct is not None:
         # Of equally large logits the first rank's have the lowest ids.
-        correct = next(heard).gather(0, largest_logits.argmax(0, keepdim=True)).t() > 0.5
+        first = largest_logits.argmax(0, keepdim=True)
+        top_here = first.t() == shard.rank
+        correct = next(heard).gather(0, first).t() > 0.5
     whole = Softmax(
         largest_logit=largest_logit[:, None],
         max_prob=(1.0 / total)[:, None],
         label_logit=label_logit[:, None],
         label_probability=((label_logit - largest_logit).exp() / total)[:, None],
         others=(shares * others).sum(0)[:, None],
-        mean_logit=mean_logit,
+        smoothing=smoothing,
         entropy=entropy,
+        top=own.top,
+        top_here=top_here,
         correct=correct,
     )
-    assert shard.group is not None
-    return whole, shares[shard.group.rank(), :, None]
+    return whole, shares[shard.rank, :, None]
 
 
 def complete_hidden_gradient(partial: Tensor, shard: VocabShard) -> Tensor:
@@ -117,9 +123,7 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, lengths: tuple[int, ...], shard: VocabShard) -> Tensor:
-        assert shard.group is not None
-        rank = shard.group.rank()
-        ctx.own_rows = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
+        ctx.own_rows = slice(sum(lengths[: shard.rank]), sum(lengths[: shard.rank + 1]))
         padded = own.new_zeros((max(lengths), *own.shape[1:]))
         padded[: len(own)] = own
         parts = gather(padded, shard).split(len(padded))
@@ -130,11 +134,17 @@ class _Whole(torch.autograd.Function):
         return upstream[0][ctx.own_rows], None, None
 
 
+def whole_hidden(own: Tensor, shard: VocabShard) -> Tensor:
+    """(N, D) of all tokens from this rank's, under sequence parallelism."""
+    whole: Tensor = _Whole.apply(own, (len(own),) * shard.ranks, shard)
+    return whole
+
+
 def gather_problem(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, shard: VocabShard
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """hidden (N, D) of all tokens, weight and bias of all rows: for the reference, which computes all on every rank."""
     rows = tuple(stop - start for start, stop in zip((0, *shard.stops), shard.stops, strict=False))
     if shard.sequence_parallel:
-        hidden = _Whole.apply(hidden, (len(hidden),) * shard.ranks, shard)
+        hidden = whole_hidden(hidden, shard)
     return hidden, _Whole.apply(weight, rows, shard), None if bias is None else _Whole.apply(bias, rows, shard)

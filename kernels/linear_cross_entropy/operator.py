@@ -1,0 +1,244 @@
+"""The blocked implementation as a custom operator, so that a compiler carries it in its graph as one node.
+
+Two operators: the loss (with the gradients, where they are formed in the forward), and the gradients recomputed. Each
+has a fake implementation, which says shapes and dtypes; the first has the autograd formula that binds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .blocked import recomputed_gradients, reduced_loss, scale_gradients
+from .checks import check_shard, check_targets
+from .gradient import Upstream
+from .sweep import Problem, Wanted, arithmetic_dtype
+from .types import OUTPUTS, Terms, VocabShard
+
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor]
+DIFFERENTIABLE = tuple(name for name in OUTPUTS if name != "correct")
+
+
+@torch.library.custom_op("harness::linear_cross_entropy", mutates_args=())
+def loss_operator(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    class_weights: Tensor | None,
+    targets: Tensor,
+    token_weights: Tensor | None,
+    shard_key: str,
+    vocab_size: int,
+    ignore_index: int,
+    shift: int,
+    tau: float,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    temperature: float,
+    reduction: str,
+    outputs: str,
+    weight_grad_dtype: torch.dtype | None,
+    wanted: list[bool],
+) -> Results:
+    """Loss; the outputs named (by commas); for mean and sum the gradients of hidden, weight and bias that are wanted;
+    and the scale they still owe. Tensors of no elements stand for what there is not.
+
+    `shard_key` is that of a VocabShard over several ranks, or empty. Arguments are those of the interface, checked.
+    """
+    terms = Terms(vocab_size, ignore_index, shift, tau, label_smoothing, z_loss, softcap, temperature)
+    problem, weights = _problem(hidden, weight, bias, class_weights, targets, token_weights, shard_key, terms)
+    check_targets(targets, terms)
+    names = outputs.split(",") if outputs else []
+    reduced = reduced_loss(problem, weights, reduction, names, Wanted(*wanted))
+    swept = reduced.swept
+    found = [swept.outputs.get(name) for name in OUTPUTS]
+    shaped = [None if value is None else value.reshape(targets.shape) for value in found]
+    formed = [swept.hidden_grad, swept.weight_grad, swept.bias_grad]
+    if formed[0] is not None:
+        formed[0] = formed[0].reshape(hidden.shape)
+    loss = reduced.loss.reshape(targets.shape) if reduction == "none" else reduced.loss
+    rest = (_or_nothing(value, hidden) for value in (*shaped, *formed, reduced.scale))
+    return loss, *rest  # type: ignore[return-value]
+
+
+@torch.library.custom_op("harness::linear_cross_entropy_backward", mutates_args=())
+def gradients_operator(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    class_weights: Tensor | None,
+    targets: Tensor,
+    token_weights: Tensor | None,
+    loss_grad: Tensor | None,
+    lse_grad: Tensor | None,
+    logprob_grad: Tensor | None,
+    entropy_grad: Tensor | None,
+    max_prob_grad: Tensor | None,
+    shard_key: str,
+    vocab_size: int,
+    ignore_index: int,
+    shift: int,
+    tau: float,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    temperature: float,
+    weight_grad_dtype: torch.dtype | None,
+    wanted: list[bool],
+) -> Gradients:
+    """Gradients of hidden, weight and bias from those of each token's loss and outputs, all in the targets' shape."""
+    terms = Terms(vocab_size, ignore_index, shift, tau, label_smoothing, z_loss, softcap, temperature)
+    problem, weights = _problem(hidden, weight, bias, class_weights, targets, token_weights, shard_key, terms)
+    given = (loss_grad, lse_grad, logprob_grad, entropy_grad, max_prob_grad)
+    upstream = Upstream(*(None if value is None else value.reshape(-1) for value in given))
+    formed = recomputed_gradients(problem, weights, upstream, Wanted(*wanted))
+    if formed[0] is not None:
+        formed[0] = formed[0].reshape(hidden.shape)
+    dtypes = _gradient_dtypes(hidden, weight, bias, weight_grad_dtype)
+    first, second, third = (_or_nothing(value, hidden) for value in scale_gradients(formed, dtypes, None))
+    return first, second, third
+
+
+def _problem(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    class_weights: Tensor | None,
+    targets: Tensor,
+    token_weights: Tensor | None,
+    shard_key: str,
+    terms: Terms,
+) -> tuple[Problem, Tensor | None]:
+    """Flattened and shifted; and the token weights."""
+    shard = VocabShard.find(shard_key) if shard_key else VocabShard(0, len(weight), terms.vocab_size)
+    check_shard(shard, weight)
+    targets = shifted(targets, terms.shift, terms.ignore_index).reshape(-1)
+    if token_weights is not None:
+        token_weights = shifted(token_weights, terms.shift, 0.0).reshape(-1)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return Problem(rows, weight, bias, class_weights, targets, terms, shard), token_weights
+
+
+def shifted(values: Tensor, shift: int, filling: float) -> Tensor:
+    """At each place of the last dimension what stands `shift` further on, and at the end `filling`."""
+    if shift == 0:
+        return values
+    moved = torch.full_like(values, filling)
+    moved[..., : max(values.shape[-1] - shift, 0)] = values[..., shift:]
+    return moved
+
+
+def _or_nothing(value: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if value is None else value
+
+
+def _gradient_dtypes(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad_dtype: torch.dtype | None
+) -> list[torch.dtype | None]:
+    return [hidden.dtype, weight_grad_dtype or weight.dtype, None if bias is None else bias.dtype]
+
+
+@loss_operator.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    class_weights: Tensor | None,
+    targets: Tensor,
+    token_weights: Tensor | None,
+    *settings: Any,
+) -> Results:
+    reduction, outputs, _, wanted = settings[-4:]
+    dtype, names = arithmetic_dtype(hidden, weight), outputs.split(",")
+    formed = Wanted(*wanted) if reduction != "none" else Wanted()
+
+    def empty(there: bool, shape: Sequence[int], dtype: torch.dtype = dtype) -> Tensor:
+        return hidden.new_empty(shape, dtype=dtype) if there else hidden.new_empty(0)
+
+    return (
+        hidden.new_empty(targets.shape if reduction == "none" else (), dtype=dtype),
+        empty("lse" in names, targets.shape),
+        empty("logprob" in names, targets.shape),
+        empty("entropy" in names, targets.shape),
+        empty("max_prob" in names, targets.shape),
+        empty("correct" in names, targets.shape, torch.bool),
+        empty(formed.hidden, hidden.shape, hidden.dtype),
+        empty(formed.weight, weight.shape),
+        empty(formed.bias, weight.shape[:1]),
+        empty(reduction == "mean", ()),
+    )
+
+
+@gradients_operator.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Gradients:
+    weight_grad_dtype, wanted = rest[-2:]
+    needed = Wanted(*wanted)
+    dtypes = _gradient_dtypes(hidden, weight, bias, weight_grad_dtype)
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    first, second, third = (
+        hidden.new_empty(shape, dtype=dtype) if there else hidden.new_empty(0)
+        for there, shape, dtype in zip(needed, shapes, dtypes, strict=True)
+    )
+    return first, second, third
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    tensors, settings = inputs[:6], inputs[6:]
+    reduction, outputs, weight_grad_dtype, wanted = settings[-4:]
+    correct, hidden_grad, weight_grad, bias_grad, scale = output[-5:]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(correct, hidden_grad, weight_grad, bias_grad, scale)
+    ctx.formed = reduction != "none"
+    # The inputs are kept only where the logits may have to be computed again.
+    again = not ctx.formed or any(name in outputs.split(",") for name in DIFFERENTIABLE)
+    # Saved as tensors rather than kept as attributes, so that activation checkpointing can drop and remake them.
+    ctx.save_for_backward(hidden_grad, weight_grad, bias_grad, scale, *(tensors if again else ()))
+    ctx.settings, ctx.wanted, ctx.weight_grad_dtype = settings[:-4], wanted, weight_grad_dtype
+    ctx.reduction, ctx.temperature = reduction, settings[8]
+    ctx.dtypes = _gradient_dtypes(inputs[0], inputs[1], inputs[2], weight_grad_dtype)
+    ctx.spent = False
+
+
+@once_differentiable
+def _backward(ctx: Any, loss_grad: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+    if ctx.formed and ctx.spent and loss_grad is not None:
+        raise RuntimeError(
+            "linear_cross_entropy: second backward through one loss; its gradients were formed in the forward and "
+            "have been used. Compute the loss again, or use reduction='none'."
+        )
+    saved = ctx.saved_tensors
+    formed, scale, inputs = saved[:3], saved[3], saved[4:]
+    scale = scale if ctx.reduction == "mean" else None
+    output_grads = rest[: len(DIFFERENTIABLE)]
+    if ctx.formed and all(gradient is None for gradient in output_grads):
+        gradients = _hand_over(ctx, formed, scale, loss_grad)
+    else:
+        if ctx.formed and loss_grad is not None:
+            loss_grad = (loss_grad if scale is None else loss_grad * scale).expand(inputs[4].shape)
+        gradients = list(
+            gradients_operator(*inputs, loss_grad, *output_grads, *ctx.settings, ctx.weight_grad_dtype, ctx.wanted)
+        )
+    kept = [gradient if there else None for gradient, there in zip(gradients, ctx.wanted, strict=True)]
+    return (*kept, *[None] * 16)
+
+
+def _hand_over(
+    ctx: Any, formed: Sequence[Tensor], scale: Tensor | None, loss_grad: Tensor | None
+) -> list[Tensor | None]:
+    """The gradients that the forward left, times what they still owe: in place, so only once."""
+    if loss_grad is None:
+        return [None, None, None]
+    ctx.spent = True
+    owed = loss_grad / ctx.temperature
+    # `.data`, for the versions that autograd counts: outputs may yet be differentiated, with what else was saved.
+    there = [gradient.data if wanted else None for gradient, wanted in zip(formed, ctx.wanted, strict=True)]
+    return scale_gradients(there, ctx.dtypes, owed if scale is None else owed * scale)
+
+
+loss_operator.register_autograd(_backward, setup_context=_remember)
