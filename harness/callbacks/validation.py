@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.data import IGNORED, Batch, DataSection, EvaluationWindows, Prepared
+from harness.kernels import LossOutput
 from harness.model import Decoder
 from harness.parallel import ParallelLayout
 
@@ -32,6 +33,8 @@ class Score:
     """UTF-8 bytes that these tokens stand for; an end-of-text token stands for none, but its cost counts."""
     correct: int = 0
     """Tokens that had the largest logit."""
+    entropy: float = 0.0
+    """Of the predicted distributions, nats."""
 
     @property
     def loss(self) -> float:
@@ -43,17 +46,20 @@ class Score:
         return self.nll / math.log(2) / self.bytes if self.bytes else math.nan
 
     @property
+    def mean_entropy(self) -> float:
+        """Nats a token: what the model itself takes its loss to be."""
+        return self.entropy / self.tokens if self.tokens else math.nan
+
+    @property
     def accuracy(self) -> float:
         return self.correct / self.tokens if self.tokens else math.nan
 
     def __add__(self, other: Score) -> Score:
-        return Score(
-            self.nll + other.nll, self.tokens + other.tokens, self.bytes + other.bytes, self.correct + other.correct
-        )
+        return Score(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
-LossesHandler = Callable[[str, Tensor, Tensor], None]
-"""Takes a corpus, the targets (n,) of a batch that have a loss, and their losses (n,) in nats."""
+TokensHandler = Callable[[str, Tensor, LossOutput, Tensor], None]
+"""Takes a corpus, a batch's targets, what the model said of them, and which of them have a loss, all of one shape."""
 
 
 @torch.no_grad()
@@ -62,10 +68,10 @@ def score(
     windows: Iterable[tuple[str, Batch]],
     token_bytes: np.ndarray,
     device: torch.device,
-    on_losses: LossesHandler | None = None,
+    on_tokens: TokensHandler | None = None,
     add_up: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Score]:
-    """The score of each corpus; `on_losses` is called for every batch, in the order of the text.
+    """The score of each corpus; `on_tokens` is called for every batch, in the order of the text.
 
     `token_bytes` (vocab_size,) is the tokenizer's table of bytes a token. Sums stay on the device until the end, so the
     host waits once a corpus. `add_up` sums a tensor over the ranks that divide `windows` among them.
@@ -82,18 +88,19 @@ def score(
                 batch.document_ids,
                 plain=True,
                 reduction="none",
-                outputs=("correct",),
+                outputs=("correct", "entropy"),
             )
             valid = batch.targets != IGNORED
             counts = [valid.sum(), table[batch.targets.clamp(min=0)].mul(valid).sum(), output.correct.sum()]
-            part = torch.stack([output.loss.sum().double(), *(count.double() for count in counts)])
+            nats = [output.loss.double().sum(), output.entropy.double().sum()]
+            part = torch.stack([*nats, *(count.double() for count in counts)])
             sums[corpus] = sums[corpus] + part if corpus in sums else part
-            if on_losses is not None:
-                on_losses(corpus, batch.targets[valid], output.loss[valid])
+            if on_tokens is not None:
+                on_tokens(corpus, batch.targets, output, valid)
     scores = {}
     for corpus, total in sums.items():
-        nll, tokens, size, correct = (add_up(total) if add_up is not None else total).tolist()
-        scores[corpus] = Score(nll=nll, tokens=int(tokens), bytes=int(size), correct=int(correct))
+        nll, entropy, tokens, size, correct = (add_up(total) if add_up is not None else total).tolist()
+        scores[corpus] = Score(nll, int(tokens), int(size), int(correct), entropy)
     return scores
 
 

@@ -25,8 +25,9 @@ class EvaluateSection(Section):
     """Windows a forward pass."""
 
     per_token: str | None = None
-    """A .npz file to write: for each corpus the token ids and the loss of every predicted token, in nats. null:
-    none."""
+    """A .npz file to write: for each corpus, of every predicted token, its id (CORPUS/tokens), its loss and the
+    entropy of the predicted distribution, in nats (CORPUS/losses, CORPUS/entropies), and whether it was the
+    likeliest (CORPUS/correct). null: none."""
 
 
 class GenerateSection(Section):

@@ -11,6 +11,7 @@ from torch import Tensor
 from harness.callbacks import Score, score
 from harness.config import HarnessError
 from harness.data import DataSection, EvaluationWindows, prepare_for_training
+from harness.kernels import LossOutput
 from harness.parallel import ParallelLayout, ParallelSection
 
 from .config import EvaluateSection
@@ -18,7 +19,7 @@ from .restore import restore
 
 
 def evaluate(target: Path, section: EvaluateSection, data: DataSection, parallel: ParallelSection) -> dict[str, Any]:
-    """Loss (nats a token), bits per byte, accuracy and counts, in all and by corpus.
+    """Loss and entropy (nats a token), bits per byte, accuracy and counts, in all and by corpus.
 
     The data are those of `data`, which must have been tokenized with the run's tokenizer.
     """
@@ -34,9 +35,11 @@ def evaluate(target: Path, section: EvaluateSection, data: DataSection, parallel
         windows = EvaluationWindows(prepared, data, section.split, section.batch_size, limit_samples=section.samples)
         parts: dict[str, list[np.ndarray]] = {}
 
-        def collect(corpus: str, targets: Tensor, losses: Tensor) -> None:
-            parts.setdefault(f"{corpus}/tokens", []).append(targets.cpu().numpy())
-            parts.setdefault(f"{corpus}/losses", []).append(losses.float().cpu().numpy())
+        def collect(corpus: str, targets: Tensor, output: LossOutput, valid: Tensor) -> None:
+            columns = {"tokens": targets, "losses": output.loss, "entropies": output.entropy, "correct": output.correct}
+            for name, values in columns.items():
+                assert values is not None
+                parts.setdefault(f"{corpus}/{name}", []).append(values[valid].cpu().numpy())
 
         wanted = section.per_token is not None
         table = restored.tokenizer.token_bytes()
@@ -59,6 +62,7 @@ def _columns(result: Score) -> dict[str, float]:
         "loss": result.loss,
         "bits_per_byte": result.bits_per_byte,
         "accuracy": result.accuracy,
+        "entropy": result.mean_entropy,
         "tokens": result.tokens,
         "bytes": result.bytes,
     }

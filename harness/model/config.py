@@ -173,5 +173,10 @@ class LossSection(Section):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target's probability that is spread over the vocabulary."""
 
+    tau: float = Field(1.0, ge=0)
+    """Which comp-sum loss (arXiv 2304.07288): (1 - p**(tau - 1)) / (tau - 1) of the target's probability p. 1:
+    cross-entropy; 1 to 2: generalised cross-entropy, which bears with wrong targets; 2: mean absolute error; 0:
+    sum-exponential."""
+
     implementation: Literal["auto", "blocked", "reference"] = "auto"
     """Which implementation of the fused linear cross-entropy runs. `reference` is float64 and slow, for checks."""

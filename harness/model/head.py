@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from harness.kernels import LossOutput, VocabShard, linear_cross_entropy
+from harness.kernels import CompSum, CrossEntropy, LossOutput, VocabShard, linear_cross_entropy
 from harness.parallel import TensorParallel
 
 from .config import LossSection, ModelSection
@@ -45,6 +45,7 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, section.hidden_size))
         self.softcap = section.logit_softcap
         self.loss = loss
+        self.comp_sum = CompSum(tau=loss.tau)
 
     def forward(
         self,
@@ -58,18 +59,21 @@ class Head(nn.Module):
         """Losses of hidden (..., H) against int64 targets (...), -100 where there is none, the same on all
         tensor-parallel ranks. Where tokens are split, hidden is (tokens / ranks, H), this rank's.
 
-        `plain` leaves out what is only for training (z-loss, label smoothing).
+        `plain` leaves out what is only for training (tau, z-loss, label smoothing).
         """
         return linear_cross_entropy(
             hidden,
             self.weight,
             targets,
+            loss=CrossEntropy() if plain else self.comp_sum,
             label_smoothing=0.0 if plain else self.loss.label_smoothing,
             z_loss=0.0 if plain else self.loss.z_loss,
             softcap=self.softcap,
             reduction=reduction,
             outputs=tuple(outputs),
             shard=self.shards[self.tensor.splits_tokens],
+            # Autograd rounds it to a bf16 weight's dtype, unless the engine has asked for fp32 (`grad_dtype`).
+            weight_grad_dtype=torch.promote_types(self.weight.dtype, torch.float32),
             implementation=self.loss.implementation,
         )
 

@@ -20,8 +20,8 @@ class TorchEngine:
     """The control for the other stages; see Engine for what the methods promise.
 
     In fp32 the model's parameters are the masters. In bf16 the model computes with bf16 weights, and the masters are
-    fp32 copies taken before the cast; micro-batch gradients are added up in fp32, and `backward` leaves no bf16
-    gradient behind.
+    fp32 copies taken before the cast; micro-batch gradients are added up in fp32, and `backward` leaves no gradient of
+    a bf16 weight behind.
     """
 
     def __init__(
@@ -158,6 +158,8 @@ def _cast_to_bf16(weight: nn.Parameter) -> nn.Parameter:
     """Turn a model's weight into bf16 in place and return its fp32 master."""
     master = nn.Parameter(weight.detach().clone())
     weight.data = weight.data.to(torch.bfloat16)
+    # A gradient that comes in fp32 (the loss's, of the head) stays in it on its way into the master's sum.
+    weight.grad_dtype = torch.float32
     return master
 
 

@@ -89,8 +89,10 @@ def scale_gradients(
     gradients: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None], scale: Tensor | None
 ) -> list[Tensor | None]:
     """Multiplies in place by a 0-dim scale, and casts each to the dtype of its input."""
-    # A factor of 1 would be a pass over V × D for nothing.
-    if scale is not None and not (host_sees(scale) and scale.item() == 1.0):
+    # A factor of 1 would be a pass over V × D for nothing. (What a compiler traces with is no plain Tensor, and has no
+    # value to look at.)
+    visible = scale is not None and type(scale) is Tensor and host_sees(scale)
+    if scale is not None and not (visible and scale.item() == 1.0):
         # One-dimensional: promotion would let a 0-dim fp32 factor be rounded to the 16 bits of a 16-bit gradient first.
         factor = scale.reshape(1)
         for gradient in gradients:

@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Settings]:
         checkpoint={"every_steps": 30},
         data={"mask_after_end_of_text": True},
         # In training only: validation is plain cross-entropy without dropout.
-        loss={"z_loss": 0.02, "label_smoothing": 0.1},
+        loss={"z_loss": 0.02, "label_smoothing": 0.1, "tau": 1.2},
         model={"dropout": 0.3},
     )
     return train(settings).folder, settings
@@ -43,17 +43,19 @@ def test_evaluate_gives_the_loss_of_an_independent_model(run: tuple[Path, Settin
     result = evaluate(folder, EvaluateSection(), settings.data, settings.parallel)
     restored = restore(folder)
     model = reference_model(restored.model.section, restored.model).eval()
-    nll, tokens, correct = 0.0, 0, 0
+    nll, entropy, tokens, correct = 0.0, 0.0, 0, 0
     for _, batch in EvaluationWindows(prepare(settings.data), settings.data, "validation", 3):
         with torch.no_grad():
             logits = model(batch.tokens).logits.double()
         valid = batch.targets >= 0
         nll += torch.nn.functional.cross_entropy(logits[valid], batch.targets[valid], reduction="sum").item()
+        entropy += torch.distributions.Categorical(logits=logits[valid]).entropy().sum().item()
         correct += int((logits.argmax(-1) == batch.targets)[valid].sum())
         tokens += int(valid.sum())
     assert result["tokens"] == tokens
     assert result["loss"] == pytest.approx(nll / tokens, rel=1e-5)
     assert result["accuracy"] == correct / tokens
+    assert result["entropy"] == pytest.approx(entropy / tokens, rel=1e-5)
     assert result["bits_per_byte"] == pytest.approx(nll / math.log(2) / result["bytes"], rel=1e-5)
     assert set(result["corpora"]) == {"first", "second"}
     # bf16 working weights in the run, fp32 masters here.
@@ -65,11 +67,13 @@ def test_per_token_losses_add_up(run: tuple[Path, Settings], tmp_path: Path) -> 
     section = EvaluateSection(split="test", per_token=str(tmp_path / "losses.npz"), batch_size=3)
     result = evaluate(folder, section, settings.data, settings.parallel)
     with np.load(tmp_path / "losses.npz") as arrays:
-        assert set(arrays) == {"first/tokens", "first/losses", "second/tokens", "second/losses"}
+        columns = {"losses": "loss", "entropies": "entropy", "correct": "accuracy"}
+        assert set(arrays) == {f"{corpus}/{name}" for corpus in ("first", "second") for name in ("tokens", *columns)}
         for corpus in ("first", "second"):
-            assert len(arrays[f"{corpus}/losses"]) == len(arrays[f"{corpus}/tokens"])
-            mean = arrays[f"{corpus}/losses"].astype(np.float64).mean()
-            assert mean == pytest.approx(result["corpora"][corpus]["loss"], rel=1e-5)
+            for name, total in columns.items():
+                assert len(arrays[f"{corpus}/{name}"]) == len(arrays[f"{corpus}/tokens"])
+                mean = arrays[f"{corpus}/{name}"].astype(np.float64).mean()
+                assert mean == pytest.approx(result["corpora"][corpus][total], rel=1e-5)
             # Without end-of-text tokens, the byte tokens are the text.
             text = bytes(token for token in arrays[f"{corpus}/tokens"] if token < 256).decode()
             assert " the " in text
