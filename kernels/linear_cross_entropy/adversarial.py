@@ -26,8 +26,8 @@ def margin_changes(
     """‖Δ(x′) − Δ(x)‖₂ (N,) of hidden and perturbed (N, D); 0 at ignored targets (N,).
 
     Differentiable by both and by weight; where nothing changes the derivative is taken for 0. Under a shared vocabulary
-    two all-reduces, of D × (D + 1) and of N × D numbers, and one of D; equal gradients on all ranks are taken for
-    granted, as everywhere.
+    two all-reduces, of D × (D + 1) and of N × D numbers, and one of D, and under sequence parallelism a gather of the
+    N × D changes; equal gradients on all ranks are taken for granted, as everywhere.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         dtype, shared = arithmetic_dtype(hidden, weight), shard.ranks > 1

@@ -162,6 +162,13 @@ def _softmax_of_nothing(logits: Tensor, terms: Terms, names: Collection[str]) ->
     )
 
 
+class Share(NamedTuple):
+    """The probability that falls to a rank, (n, 1); and its P, where label smoothing needs it."""
+
+    probability: Tensor
+    power: Tensor | None
+
+
 @dataclass
 class ChunkStatistics:
     """Per-token facts of a chunk, each (n, 1): what losses, outputs and gradients need of the logits.
@@ -174,7 +181,7 @@ class ChunkStatistics:
     """Over all columns of all ranks."""
     terms: Terms
     classes: ClassWeights | None
-    share: Tensor | None = None
+    share: Share | None = None
     mine: Tensor | None = None
 
     def __post_init__(self) -> None:

@@ -100,10 +100,10 @@ def replace_by_gradient(
     label_gradient = rest * whole.label_probability - label * whole.others
     scale = label + rest
     if chunk.share is not None:
-        scale = scale * chunk.share
+        scale = scale * chunk.share.probability
     if entropy is not None:
         terms = buffers["scratch"]
-        torch.mul(probabilities, 1.0 if chunk.share is None else chunk.share, out=terms)
+        torch.mul(probabilities, 1.0 if chunk.share is None else chunk.share.probability, out=terms)
         torch.special.entr(terms, out=terms).mul_(entropy)
         label_gradient = label_gradient + entropy * torch.special.entr(whole.label_probability)
     if isinstance(scale, Tensor) or not math.isclose(scale, 1.0):
@@ -129,7 +129,8 @@ def _subtract_smoothing(
     """Subtracts smoothing · w·P."""
     if powers is not None:
         if chunk.share is not None:  # the powers are those of the rank's own softmax
-            smoothing = smoothing * chunk.share.pow(chunk.terms.tau - 1.0)
+            assert chunk.share.power is not None
+            smoothing = smoothing * chunk.share.power
         if chunk.classes is not None:
             powers.mul_(chunk.classes.columns)
         probabilities.sub_(powers.mul_(smoothing))

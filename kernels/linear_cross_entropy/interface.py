@@ -100,6 +100,9 @@ def linear_cross_entropy(
     - Beside these: an all-gather of four to seven numbers a token, once per chunk of tokens and pass over the logits
       (`none` makes a second one for its backward), and one of five integers at a shard's first use. How many
       there are depends only on what is the same on all ranks.
+    - A loss with nu adds two all-reduces, of D · (D + 1) numbers and of D for each token, a small one of D, and under
+      sequence parallelism a gather of the perturbations.
+    - Where the logits are computed again in the backward, the shard must live until then.
     - V in the costs is the rank's own. The reference gathers the whole problem, and solves it on every rank.
 
     Raises ValueError for shapes, dtypes and constants that don't fit, and on the CPU for a target out of range, naming

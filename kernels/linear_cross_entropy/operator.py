@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from .blocked import recomputed_gradients, reduced_loss, scale_gradients
 from .checks import check_shard, check_targets
 from .gradient import Upstream
-from .sweep import Problem, Wanted, arithmetic_dtype
+from .sweep import Problem, Wanted, arithmetic_dtype, formed_dtype
 from .types import OUTPUTS, Terms, VocabShard
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -168,7 +168,7 @@ def _(
         empty("entropy" in names, targets.shape),
         empty("max_prob" in names, targets.shape),
         empty("correct" in names, targets.shape, torch.bool),
-        empty(formed.hidden, hidden.shape, hidden.dtype),
+        empty(formed.hidden, hidden.shape, formed_dtype(hidden, weight)),
         empty(formed.weight, weight.shape),
         empty(formed.bias, weight.shape[:1]),
         empty(reduction == "mean", ()),
@@ -191,12 +191,15 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Gradie
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     tensors, settings = inputs[:6], inputs[6:]
     reduction, outputs, weight_grad_dtype, wanted = settings[-4:]
-    correct, hidden_grad, weight_grad, bias_grad, scale = output[-5:]
+    hidden_grad, weight_grad, bias_grad, scale = output[-4:]
+    differentiable = [name for name in DIFFERENTIABLE if name in outputs.split(",")]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(correct, hidden_grad, weight_grad, bias_grad, scale)
+    # What was not asked for is a tensor of no elements, from which nothing may come back.
+    others = [value for name, value in zip(OUTPUTS, output[1:], strict=False) if name not in differentiable]
+    ctx.mark_non_differentiable(*others, hidden_grad, weight_grad, bias_grad, scale)
     ctx.formed = reduction != "none"
     # The inputs are kept only where the logits may have to be computed again.
-    again = not ctx.formed or any(name in outputs.split(",") for name in DIFFERENTIABLE)
+    again = not ctx.formed or bool(differentiable)
     # Saved as tensors rather than kept as attributes, so that activation checkpointing can drop and remake them.
     ctx.save_for_backward(hidden_grad, weight_grad, bias_grad, scale, *(tensors if again else ()))
     ctx.settings, ctx.wanted, ctx.weight_grad_dtype = settings[:-4], wanted, weight_grad_dtype

@@ -41,10 +41,10 @@ def reference_loss(
 
     lse = torch.logsumexp(logits, dim=-1)
     log_probs = torch.log_softmax(logits, dim=-1)
-    by_label = classes * _comp_sum(log_probs, terms.tau)  # (n, V): the loss, were each token the label
-    losses = (1 - terms.label_smoothing) * by_label.gather(1, kept[:, None]).squeeze(1)
-    if terms.label_smoothing:
-        losses = losses + terms.label_smoothing * by_label.mean(dim=-1)
+    label_log_probs = log_probs.gather(1, kept[:, None]).squeeze(1)
+    losses = (1 - terms.label_smoothing) * classes[kept] * _comp_sum(label_log_probs, terms.tau)
+    if terms.label_smoothing:  # the mean of the loss, were each token the label
+        losses = losses + terms.label_smoothing * (classes * _comp_sum(log_probs, terms.tau)).mean(dim=-1)
     losses = losses + terms.z_loss * lse.square()
     if perturbed is not None:
         change = (perturbed[index].double() - hidden[index].double()) @ matrix.T
@@ -70,7 +70,7 @@ def reference_loss(
     best = logits.argmax(dim=-1, keepdim=True)
     every = {
         "lse": lambda: lse,
-        "logprob": lambda: log_probs.gather(1, kept[:, None]).squeeze(1),
+        "logprob": lambda: label_log_probs,
         # exp(log p)·log p is 0 · −inf, hence NaN, for a token that a bias of −inf masks out.
         "entropy": lambda: torch.special.entr(log_probs.exp()).sum(dim=-1),
         "max_prob": lambda: log_probs.gather(1, best).squeeze(1).exp(),
@@ -83,4 +83,7 @@ def _comp_sum(log_probs: Tensor, tau: float) -> Tensor:
     """(1 − p^(tau − 1)) / (tau − 1)."""
     if tau == 1.0:
         return -log_probs
-    return -torch.expm1((tau - 1.0) * log_probs) / (tau - 1.0)
+    exponents = (tau - 1.0) * log_probs
+    # expm1's own derivative is formed as expm1 + 1, which has no digits left where the exponential is small.
+    small = exponents.clamp(max=-1.0).exp() - 1.0
+    return -torch.where(exponents < -1.0, small, exponents.clamp(min=-1.0).expm1()) / (tau - 1.0)

@@ -66,7 +66,7 @@ class Swept:
     """losses (N,), unreduced and without token weights, 0 where ignored; outputs (N,); gradients that were wanted.
 
     Gradients are those of Σ upstream · (losses and outputs), but for the factor 1/temperature, which the caller still
-    owes. The hidden gradient has hidden's dtype and shape, weight's and bias's the dtype of the arithmetic.
+    owes. The hidden gradient has hidden's shape and `formed_dtype`, weight's and bias's the dtype of the arithmetic.
     """
 
     losses: Tensor
@@ -79,6 +79,11 @@ class Swept:
 def arithmetic_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """float64 where either is float64, fp32 otherwise."""
     return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+
+
+def formed_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """That of hidden's gradient before its last factors: hidden's own, but for fp16, beyond whose range they lead."""
+    return arithmetic_dtype(hidden, weight) if hidden.dtype == torch.float16 else hidden.dtype
 
 
 def chunk_length(tokens: int, vocab_size: int, element_bytes: int, on_host: bool) -> int:
@@ -147,7 +152,7 @@ def sweep(problem: Problem, wanted: Wanted, upstream: Upstream, outputs: Sequenc
     if torch.is_autocast_enabled(hidden.device.type):
         with torch.autocast(hidden.device.type, enabled=False):
             return sweep(problem, wanted, upstream, outputs)
-    hidden_dtype, shared = hidden.dtype, shard.ranks > 1
+    hidden_dtype, shared = formed_dtype(hidden, weight), shard.ranks > 1
     if shared and shard.sequence_parallel:
         hidden = gather(hidden, shard)
     tokens = Tokens(problem.targets, upstream, terms.ignore_index, dtype)
@@ -201,8 +206,8 @@ def sweep(problem: Problem, wanted: Wanted, upstream: Upstream, outputs: Sequenc
     }
     hidden_grad, weight_grad, bias_grad = gradients.finish(any_rows=count > 0)
     if shared and hidden_grad is not None:
-        # Rounded to hidden's dtype once, after the sum: with parts in bf16 the error of a bf16 gradient came out 1.4
-        # times as large over 2 ranks, 1.8 over 4, 2.3 over 8.
+        # Rounded once, after the sum: with parts in bf16 the error of a bf16 gradient came out 1.4 times as large over
+        # 2 ranks, 1.8 over 4, 2.3 over 8.
         hidden_grad = complete_hidden_gradient(hidden_grad, shard).to(hidden_dtype)
     return Swept(joined.pop("losses"), joined, hidden_grad, weight_grad, bias_grad)
 

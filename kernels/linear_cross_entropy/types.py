@@ -66,6 +66,13 @@ class VocabShard:
             object.__setattr__(self, "key", f"vocabulary shard {next(_numbers)}")
             _shards[self.key] = self
 
+    def __copy__(self) -> VocabShard:
+        """Itself: nothing in it changes, and a copy would not be found by its key."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> VocabShard:
+        return self
+
     @classmethod
     def find(cls, key: str) -> VocabShard:
         """The shard over several ranks that has this key. Raises RuntimeError where it is gone."""

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .chunk import Softmax
+from .chunk import Share, Softmax
 from .types import Terms, VocabShard
 
 # torch 2.13 renamed these two, and warns of the names that earlier versions know.
@@ -56,8 +56,8 @@ def own_columns(targets: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
     return (targets - shard.start).masked_fill(~mine, 0), mine
 
 
-def combine(own: Softmax, mine: Tensor, shard: VocabShard, terms: Terms) -> tuple[Softmax, Tensor]:
-    """The softmax over all ranks' columns from that over each rank's, and (n, 1) the share that falls to this rank.
+def combine(own: Softmax, mine: Tensor, shard: VocabShard, terms: Terms) -> tuple[Softmax, Share]:
+    """The softmax over all ranks' columns from that over each rank's, and the share that falls to this rank.
 
     One collective. A rank's largest logit and its sum of exponentials (1 / max_prob) travel apart: added up to one
     log-sum-exp, logits of ten thousand would leave fp32 three digits of it after the point.
@@ -78,11 +78,14 @@ def combine(own: Softmax, mine: Tensor, shard: VocabShard, terms: Terms) -> tupl
     total = masses.sum(0)
     shares = masses / total
     label_logit = label_logits.sum(0)  # all but one are 0
-    smoothing = entropy = top_here = correct = None
+    smoothing = entropy = top_here = correct = powers = None
     if own.smoothing is not None:
         smoothing = next(heard)
-        if terms.tau != 1.0:  # powers of each rank's own softmax; a rank without columns has none
-            smoothing = torch.where(smoothing == 0, smoothing, smoothing * shares.pow(terms.tau - 1.0))
+        if terms.tau != 1.0:
+            # From the logits, not from the shares, which underflow where their powers needn't.
+            powers = (((largest_logits - largest_logit) - max_probs.log() - total.log()) * (terms.tau - 1.0)).exp()
+            # Those of each rank's own softmax; a rank without columns has none.
+            smoothing = torch.where(smoothing == 0, smoothing, smoothing * powers)
         smoothing = smoothing.sum(0)[:, None]
     if own.entropy is not None:
         # That of the choice of a rank, and the mean of those within the ranks.
@@ -104,7 +107,8 @@ def combine(own: Softmax, mine: Tensor, shard: VocabShard, terms: Terms) -> tupl
         top_here=top_here,
         correct=correct,
     )
-    return whole, shares[shard.rank, :, None]
+    at = shard.rank
+    return whole, Share(shares[at, :, None], None if powers is None else powers[at, :, None])
 
 
 def complete_hidden_gradient(partial: Tensor, shard: VocabShard) -> Tensor:

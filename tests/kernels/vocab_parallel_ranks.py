@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -20,15 +20,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.kernels import LossOutput, VocabShard
+from harness.kernels import CompSum, LossOutput, VocabShard
 from harness.kernels.linear_cross_entropy import blocked, checks, sweep, vocab_parallel
-from tests.kernels.cases import Problem, draw, solve
+from tests.kernels.cases import Problem, differentiate, draw
 
 GROUP_TIMEOUT = timedelta(seconds=60)
 REDUCTIONS = ("mean", "sum", "none")
+FLAGS = (False, True)
 EVERYTHING: dict[str, Any] = {
     "bias": True,
+    "class_weights": True,
     "token_weights": True,
+    "loss": CompSum(tau=1.4, rho=1.2),
     "label_smoothing": 0.2,
     "z_loss": 0.01,
     "softcap": 4.0,
@@ -63,10 +66,15 @@ class Ranks:
 
     def part(self, problem: Problem, ends: list[int], sequence_parallel: bool) -> Problem:
         start, stop = ends[self.rank], ends[self.rank + 1]
-        hidden = problem.hidden.chunk(self.count)[self.rank] if sequence_parallel else problem.hidden
-        shard = VocabShard(start, stop, problem.shard.vocab_size, self.group, sequence_parallel)
         own = {name: getattr(problem, name)[start:stop] for name in ("weight", "bias")}
-        return replace(problem, hidden=hidden, shard=shard, **own)
+        if sequence_parallel:
+            own |= {name: self.own_tokens(getattr(problem, name)) for name in ("hidden", "perturbed_hidden")}
+        shard = VocabShard(start, stop, problem.shard.vocab_size, self.group, sequence_parallel)
+        return replace(problem, shard=shard, **own)
+
+    def own_tokens(self, whole: Tensor) -> Tensor:
+        """This rank's (tokens / ranks, D) of (..., D)."""
+        return whole.reshape(-1, whole.shape[-1]).chunk(self.count)[self.rank]
 
     def compare(
         self,
@@ -76,46 +84,58 @@ class Ranks:
         sequence_parallel: bool = False,
         tolerance: float = 2e-13,
         atol: float = 1e-14,
+        fields: Sequence[str] = ("loss",),
         implementation: str = "blocked",
         **settings: Any,
     ) -> LossOutput:
-        """Solves the part and compares loss, outputs and gradients: with the reference, and bit by bit among ranks.
+        """Solves the part and compares loss, outputs and the gradients of `fields` under random upstream gradients:
+        with the reference of the whole problem in float64, and bit by bit among ranks.
 
         tolerance is relative to the largest value, and one rounding to a 16-bit dtype and one of its scaling are
         allowed on top; atol is absolute, by default what the reference itself may be off.
         """
-        exact, exact_gradients, upstream = solve(problem, implementation="reference", **settings)
+        nu = settings["loss"].nu if isinstance(settings.get("loss"), CompSum) else 0.0
+        settings = {"perturbed_hidden": nu > 0.0, **settings}
+        exact, exact_gradients, upstream = differentiate(
+            in_float64(problem), fields, implementation="reference", **settings
+        )
         own = self.part(problem, ends, sequence_parallel)
-        output, gradients, _ = solve(own, upstream, implementation=implementation, **settings)
+        output, gradients, _ = differentiate(own, fields, upstream, implementation=implementation, **settings)
 
-        def close(name: str, got: Tensor, wanted: Tensor, scale: Tensor) -> None:
-            if got.shape != wanted.shape or not got.isfinite().all():
-                return self.expect(False, f"{name} {tuple(got.shape)} {got}, must be {wanted}")
-            if not got.numel():
-                return None
-            rounding = 1.01 * torch.finfo(got.dtype).eps if got.dtype in (torch.bfloat16, torch.float16) else 0.0
-            off = (got.double() - wanted.double()).abs().max().item()
-            allowed = max(atol, (tolerance + rounding) * scale.double().abs().max().item())
-            return self.expect(off <= allowed, f"{name} is off by {off:.3g}, allowed {allowed:.3g}")
-
-        for name in ("loss", *settings.get("outputs", ())):
+        outputs = settings.get("outputs", ())
+        for name in ("loss", *outputs):
             wanted = getattr(exact, name)
-            close(name, getattr(output, name), wanted, wanted)
-        rows = slice(ends[self.rank], ends[self.rank + 1])
-        for name, got, wanted in zip(("hidden", "weight", "bias"), gradients, exact_gradients, strict=False):
-            if name == "hidden":
-                own_wanted = wanted.chunk(self.count)[self.rank] if sequence_parallel else wanted
+            self.expect_close(name, getattr(output, name), wanted, wanted, tolerance, atol)
+        names = ["hidden", "weight", *(name for name in ("bias", "perturbed_hidden") if settings.get(name))]
+        found = dict(zip(names, gradients, strict=True))
+        for name, got, wanted in zip(names, gradients, exact_gradients, strict=True):
+            if name in ("hidden", "perturbed_hidden"):
+                own_wanted = self.own_tokens(wanted) if sequence_parallel else wanted
             else:
-                own_wanted = wanted[rows]
+                own_wanted = wanted[ends[self.rank] : ends[self.rank + 1]]
                 self.expect(
                     bool(got[own.shard.columns :].eq(0).all()), f"gradient of padding in {name} is not exactly 0"
                 )
-            close(f"gradient of {name}", got, own_wanted, wanted)
-        same = [output.loss, *(getattr(output, name) for name in settings.get("outputs", ()))]
-        self.expect_same_bits("loss and outputs", same)
+            self.expect_close(f"gradient of {name}", got, own_wanted, wanted, tolerance, atol)
+        self.expect_same_bits("loss and outputs", [output.loss, *(getattr(output, name) for name in outputs)])
         if not sequence_parallel:
-            self.expect_same_bits("gradient of hidden", gradients[:1])
+            tokenwise = [found[name] for name in ("hidden", "perturbed_hidden") if name in found]
+            self.expect_same_bits("gradient of hidden", tokenwise)
         return output
+
+    def expect_close(
+        self, name: str, got: Tensor, wanted: Tensor, scale: Tensor, tolerance: float, atol: float = 0.0
+    ) -> None:
+        """tolerance is relative to the largest of `scale`; one rounding of a 16-bit dtype, and one of its scaling, are
+        allowed on top."""
+        if got.shape != wanted.shape or not got.isfinite().all():
+            return self.expect(False, f"{name} {tuple(got.shape)} {got.flatten()[:5]}, must be {wanted.flatten()[:5]}")
+        if not got.numel():
+            return None
+        rounding = 1.01 * torch.finfo(got.dtype).eps if got.dtype in (torch.bfloat16, torch.float16) else 0.0
+        off = (got.double() - wanted.double()).abs().max().item()
+        allowed = max(atol, (tolerance + rounding) * scale.double().abs().max().item())
+        return self.expect(off <= allowed, f"{name} is off by {off:.3g}, allowed {allowed:.3g}")
 
     def expect_same_bits(self, what: str, tensors: list[Tensor]) -> None:
         raw = b"".join(bytes(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()) for tensor in tensors)
@@ -152,13 +172,13 @@ def host_blind() -> Iterator[None]:
 
 
 @contextmanager
-def collectives() -> Iterator[list[str]]:
-    """Lists the collectives of the loss as they are called."""
-    called: list[str] = []
+def collectives() -> Iterator[list[tuple[str, int]]]:
+    """Lists the collectives of the loss as they are called, each with how many numbers this rank hands in."""
+    called: list[tuple[str, int]] = []
 
     def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def count(*args: Any, **kwargs: Any) -> Any:
-            called.append(name)
+            called.append((name, args[-1].numel()))
             return call(*args, **kwargs)
 
         return count
@@ -171,7 +191,15 @@ def collectives() -> Iterator[list[str]]:
         yield called
 
 
-def draw_cut(ranks: Ranks, tokens: int, dim: int, vocab_size: int, **settings: Any) -> tuple[Problem, list[int]]:
+def in_float64(problem: Problem) -> Problem:
+    """The same values: what the reference then hands out is not rounded to the dtypes of the problem."""
+    wide = {name: value.double() for name, value in vars(problem).items() if torch.is_tensor(value)}
+    return replace(problem, **{**wide, "targets": problem.targets})
+
+
+def draw_cut(
+    ranks: Ranks, tokens: int | tuple[int, ...], dim: int, vocab_size: int, **settings: Any
+) -> tuple[Problem, list[int]]:
     problem = draw(tokens, dim, vocab_size, **settings)
     return problem, ranks.cut(problem.shard.stop)
 

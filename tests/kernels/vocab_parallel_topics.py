@@ -11,14 +11,40 @@ from typing import Any
 
 import torch
 
-from harness.kernels import OUTPUTS, VocabShard, linear_cross_entropy
-from tests.kernels.cases import Problem, draw, solve
-from tests.kernels.vocab_parallel_ranks import EVERYTHING, REDUCTIONS, Ranks, chunks, draw_cut, host_blind
+from harness.kernels import OUTPUTS, CompSum, CrossEntropy
+from tests.kernels.cases import DIFFERENTIABLE, draw, solve
+from tests.kernels.vocab_parallel_features import (
+    adversarial,
+    all_together,
+    comp_sums,
+    differentiable_outputs,
+    masked_out_words,
+    megatron_7452_label_smoothing_wrong_under_tensor_parallelism,
+    ml_cross_entropy_59_a_label_sentinel_hits_a_padded_column,
+    of_equal_words_the_first,
+    powers_of_what_underflows,
+    weight_gradients_in_fp32,
+)
+from tests.kernels.vocab_parallel_ranks import (
+    EVERYTHING,
+    FLAGS,
+    REDUCTIONS,
+    Ranks,
+    chunks,
+    draw_cut,
+    host_blind,
+    in_float64,
+)
+from tests.kernels.vocab_parallel_shards import (
+    a_shard_is_dropped,
+    arguments_that_do_not_fit,
+    copies_of_a_shard,
+    shards_that_do_not_fit,
+)
 from tests.kernels.vocab_parallel_uses import (
     one_collective_a_chunk,
     only_what_is_needed,
     recomputed_and_compiled,
-    shards_that_do_not_fit,
     smaller_groups,
     the_reference_gathers,
 )
@@ -31,7 +57,11 @@ TERMS: list[dict[str, Any]] = [
     {"z_loss": 0.02},
     {"softcap": 1.3},
     {"temperature": 1.7},
-    EVERYTHING,
+    {"shift": 2},
+    {"class_weights": True},
+    {"class_weights": True, "label_smoothing": 0.13},
+    {**EVERYTHING, "loss": CrossEntropy()},
+    {**EVERYTHING, "shift": 1},
 ]
 
 
@@ -41,7 +71,7 @@ def every_term(ranks: Ranks) -> None:
         for j, reduction in enumerate(REDUCTIONS):
             sequence_parallel = (i + j) % 2 == 1
             ranks.label = f"{'+'.join(terms) or 'plain'}, {reduction}, sequence_parallel={sequence_parallel}"
-            problem, ends = draw_cut(ranks, 24, 11, 37, padding=3, ignored=0.3)
+            problem, ends = draw_cut(ranks, (4, 6), 11, 37, padding=3, ignored=0.3)
             with chunks(7, 37):
                 output = ranks.compare(
                     problem, ends, sequence_parallel=sequence_parallel, reduction=reduction, outputs=OUTPUTS, **terms
@@ -68,7 +98,7 @@ def random_sizes(ranks: Ranks) -> None:
 def nothing_to_predict(ranks: Ranks) -> None:
     for tokens in (0, 2 * ranks.count):
         for reduction in REDUCTIONS:
-            for sequence_parallel in (False, True):
+            for sequence_parallel in FLAGS:
                 ranks.label = f"{tokens} tokens, all ignored, {reduction}, sequence_parallel={sequence_parallel}"
                 problem, ends = draw_cut(ranks, tokens, 5, 11, padding=2)
                 problem.targets.fill_(-100)
@@ -101,22 +131,6 @@ def ranks_with_few_or_no_real_rows(ranks: Ranks) -> None:
                         ranks.compare(problem, ends, reduction=reduction, outputs=OUTPUTS, **terms)
 
 
-def masked_out_words(ranks: Ranks) -> None:
-    """A bias of −inf takes a word out, and may take out all words of one rank."""
-    ends = [0, 4, 9, 11, 14][: ranks.count + 1]
-    for gone in range(ranks.count):
-        for reduction in REDUCTIONS:
-            ranks.label = f"words of rank {gone} masked out, {reduction}"
-            problem = draw(8, 5, ends[-1])
-            out = slice(ends[gone], ends[gone + 1])
-            problem.bias[out] = float("-inf")
-            inside = (problem.targets >= out.start) & (problem.targets < out.stop)
-            problem.targets[inside] = (problem.targets[inside] + out.stop - out.start) % ends[-1]
-            kept = (problem.targets < out.start) | (problem.targets >= out.stop)
-            problem.targets[~kept] = -100
-            ranks.compare(problem, ends, bias=True, reduction=reduction, outputs=OUTPUTS, z_loss=0.1)
-
-
 def ignored_tokens_may_hold_nan(ranks: Ranks) -> None:
     for reduction in REDUCTIONS:
         ranks.label = reduction
@@ -130,7 +144,7 @@ def as_on_a_device(ranks: Ranks) -> None:
     """The way that waits for no value: ignored tokens stay in the chunks."""
     with host_blind(), chunks(5, 40):
         for reduction in REDUCTIONS:
-            for sequence_parallel in (False, True):
+            for sequence_parallel in FLAGS:
                 ranks.label = f"{reduction}, sequence_parallel={sequence_parallel}"
                 problem, ends = draw_cut(ranks, 12, 7, 37, padding=3, ignored=0.4)
                 problem.hidden[problem.targets == -100] = float("nan")
@@ -178,52 +192,43 @@ def near_certainty(ranks: Ranks) -> None:
             ranks.compare(problem, ends, reduction=reduction, outputs=("lse", "logprob"), tolerance=2e-6)
 
 
-def of_equal_words_the_first(ranks: Ranks) -> None:
-    ends = [0, 2, 3, 5, 6][: ranks.count + 1]
-    vocab_size = ends[-1]
-    shard = VocabShard(ends[ranks.rank], ends[ranks.rank + 1], vocab_size, ranks.group)
-    weight = torch.zeros(vocab_size, 3)[ends[ranks.rank] : ends[ranks.rank + 1]]
-    for first in range(vocab_size):
-        ranks.label = f"first likeliest word {first}"
-        bias = torch.where(torch.arange(vocab_size) < first, -1.0, 2.0)[shard.start : shard.stop]
-        targets = torch.arange(vocab_size)
-        output = linear_cross_entropy(
-            torch.randn(vocab_size, 3), weight, targets, bias=bias, shard=shard, outputs=("correct",), reduction="none"
-        )
-        assert output.correct is not None
-        ranks.expect(output.correct.tolist() == [word == first for word in range(vocab_size)], f"{output.correct}")
-
-
 def lower_precisions(ranks: Ranks) -> None:
-    dtypes = (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float16)
-    for i, (hidden, weight) in enumerate(dtypes):
+    half, brain, single = torch.float16, torch.bfloat16, torch.float32
+    settings: tuple[dict[str, Any], ...] = (
+        EVERYTHING,
+        {**EVERYTHING, "fields": ("loss", *DIFFERENTIABLE), "outputs": DIFFERENTIABLE},
+        {**EVERYTHING, "softcap": None, "loss": CompSum(1.4, 1.2, nu=0.3)},
+    )
+    for i, (hidden, weight) in enumerate(((brain, brain), (brain, single), (single, half), (half, half))):
         for j, reduction in enumerate(REDUCTIONS):
-            sequence_parallel = (i + j) % 2 == 1
-            ranks.label = f"hidden {hidden}, weight {weight}, {reduction}, sequence_parallel={sequence_parallel}"
-            problem, ends = draw_cut(ranks, 60, 32, 211, padding=2, ignored=0.2)
-            problem.hidden, problem.weight = problem.hidden.to(hidden), problem.weight.to(weight)
-            problem.bias = problem.bias.float()
-            with chunks(17, 211, element_bytes=4):
-                ranks.compare(
-                    problem,
-                    ends,
-                    sequence_parallel=sequence_parallel,
-                    tolerance=2e-5,
-                    reduction=reduction,
-                    **EVERYTHING,
-                )
+            for k, terms in enumerate(settings):
+                sequence_parallel = (i + j + k) % 2 == 1
+                ranks.label = f"{hidden} and {weight}, {terms}, {reduction}, sequence_parallel={sequence_parallel}"
+                problem, ends = draw_cut(ranks, 60, 32, 211, padding=2, ignored=0.2)
+                for name in ("bias", "class_weights", "token_weights"):
+                    setattr(problem, name, getattr(problem, name).float())
+                problem.weight = problem.weight.to(weight)
+                problem.hidden, moved = problem.hidden.to(hidden), problem.perturbed_hidden
+                problem.perturbed_hidden = None if moved is None else moved.to(hidden)
+                # The gradients of the adversarial term and of the rest are rounded apart, and so is their sum.
+                apart = 2 * torch.finfo(hidden).eps if "softcap" in terms and terms["softcap"] is None else 0.0
+                with chunks(17, 211, element_bytes=4):
+                    ranks.compare(
+                        problem,
+                        ends,
+                        sequence_parallel=sequence_parallel,
+                        tolerance=2e-5 + apart,
+                        reduction=reduction,
+                        **terms,
+                    )
 
 
 def hidden_gradient_is_rounded_once(ranks: Ranks) -> None:
     """The error of a bf16 gradient is that of the rounding alone, as if one rank had formed it in fp32."""
     problem, ends = draw_cut(ranks, 64, 32, 64 * ranks.count, dtype=torch.bfloat16)
     one = torch.tensor(1.0)
-    _, (exact, _), _ = solve(problem, one, reduction="sum", implementation="reference")
     # The reference hands its float64 gradient on in bf16; here the digits that this drops are wanted.
-    wide = Problem(
-        problem.hidden.double(), problem.weight.double(), problem.targets, *(problem.bias,) * 2, problem.shard
-    )
-    _, (exact, _), _ = solve(wide, one, reduction="sum", implementation="reference")
+    _, (exact, _), _ = solve(in_float64(problem), one, reduction="sum", implementation="reference")
     _, (got, _), _ = solve(ranks.part(problem, ends, False), one, reduction="sum")
     error = ((got.double() - exact).norm() / exact.norm()).item()
     rounding = ((exact.bfloat16().double() - exact).norm() / exact.norm()).item()
@@ -244,6 +249,14 @@ TOPICS: dict[str, Callable[[Ranks], None]] = {
         as_on_a_device,
         huge_logits,
         near_certainty,
+        comp_sums,
+        adversarial,
+        differentiable_outputs,
+        all_together,
+        powers_of_what_underflows,
+        weight_gradients_in_fp32,
+        ml_cross_entropy_59_a_label_sentinel_hits_a_padded_column,
+        megatron_7452_label_smoothing_wrong_under_tensor_parallelism,
         of_equal_words_the_first,
         lower_precisions,
         hidden_gradient_is_rounded_once,
@@ -252,6 +265,9 @@ TOPICS: dict[str, Callable[[Ranks], None]] = {
         one_collective_a_chunk,
         recomputed_and_compiled,
         smaller_groups,
+        a_shard_is_dropped,
+        copies_of_a_shard,
         shards_that_do_not_fit,
+        arguments_that_do_not_fit,
     )
 }

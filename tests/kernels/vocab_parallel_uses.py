@@ -1,4 +1,4 @@
-"""More topics of a shared vocabulary: the reference, what is needed, collectives, recomputation, groups, errors."""
+"""Topics of a shared vocabulary about use: the reference, what is needed, collectives, recomputation, groups."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from harness.kernels import OUTPUTS, VocabShard, linear_cross_entropy
-from tests.kernels.cases import Problem, solve
-from tests.kernels.vocab_parallel_ranks import EVERYTHING, REDUCTIONS, Ranks, chunks, collectives, draw_cut
+from harness.kernels import OUTPUTS, CompSum, linear_cross_entropy
+from tests.kernels.cases import Problem, differentiate, solve
+from tests.kernels.vocab_parallel_ranks import EVERYTHING, FLAGS, REDUCTIONS, Ranks, chunks, collectives, draw_cut
 
 
 def the_reference_gathers(ranks: Ranks) -> None:
     for reduction in REDUCTIONS:
-        for sequence_parallel in (False, True):
+        for sequence_parallel in FLAGS:
             ranks.label = f"{reduction}, sequence_parallel={sequence_parallel}"
             problem, ends = draw_cut(ranks, 12, 5, 23, padding=4, ignored=0.3)
             ranks.compare(
@@ -35,7 +35,7 @@ def the_reference_gathers(ranks: Ranks) -> None:
 def only_what_is_needed(ranks: Ranks) -> None:
     """Gradients of some inputs only, and none under no_grad, with as many collectives as that takes."""
     for reduction in ("sum", "none"):
-        for sequence_parallel in (False, True):
+        for sequence_parallel in FLAGS:
             problem, ends = draw_cut(ranks, 12, 4, 17, ignored=0.2)
             own = ranks.part(problem, ends, sequence_parallel)
             settings: dict[str, Any] = {"shard": own.shard, "reduction": reduction}
@@ -53,49 +53,111 @@ def only_what_is_needed(ranks: Ranks) -> None:
                     output.loss.backward(upstream)
                 reduces = (["scatter"] if sequence_parallel else ["reduce"]) if needs == "hidden" else []
                 gathers = ["gather"] * (1 + sequence_parallel) * (2 if reduction == "none" else 1)
-                ranks.expect(called == gathers + reduces, f"collectives {called}")
+                ranks.expect([name for name, _ in called] == gathers + reduces, f"collectives {called}")
                 got = leaves[needs].grad
                 ranks.expect(got is not None and torch.allclose(got, wanted, rtol=1e-12, atol=1e-12), f"{got}")
                 ranks.expect(torch.equal(output.loss, loss), "loss under no_grad differs")
 
 
 def one_collective_a_chunk(ranks: Ranks) -> None:
-    problem, ends = draw_cut(ranks, 23, 5, 40)
-    own = ranks.part(problem, ends, False)
+    """The collectives that are documented, no others, on all ranks the same, whatever columns each has."""
+    tokens, dim, vocab_size, each = 6 * ranks.count, 5, 40, 5
+    lengths = [len(part) for part in torch.arange(tokens).split(-(-tokens // -(-tokens // each)))]
+    problem, ends = draw_cut(ranks, tokens, dim, vocab_size)
     widest = max(b - a for a, b in pairwise(ends))
-    for call, expected in (("first", 6), ("second", 5)):
-        ranks.label = f"{call} call with one shard"
-        with chunks(5, widest), collectives() as called:
-            solve(own, reduction="sum", outputs=OUTPUTS, **EVERYTHING)
-        ranks.expect(called == ["gather"] * expected + ["reduce"], f"collectives {called}")
+    linear: dict[str, Any] = {**EVERYTHING, "softcap": None, "loss": CompSum(0.5, 1.3, nu=0.2)}
+
+    def numbers(each_token: int) -> list[tuple[str, int]]:
+        return [("gather", each_token * length) for length in lengths]
+
+    for sequence_parallel in FLAGS:
+        own = ranks.part(problem, ends, sequence_parallel)
+        hidden = [("gather", tokens // ranks.count * dim)] if sequence_parallel else []
+        reduce = [("scatter" if sequence_parallel else "reduce", tokens * dim)]
+        margins = [*hidden, ("reduce", dim), ("reduce", dim * (dim + 1)), ("reduce", tokens * dim)]
+        formed = [*hidden, *numbers(7), *reduce]
+        calls: dict[str, tuple[tuple[str, ...], dict[str, Any], list[tuple[str, int]]]] = {
+            "the shard's first": (("loss",), {"reduction": "sum", **EVERYTHING}, [("gather", 5), *formed]),
+            "sum": (("loss",), {"reduction": "sum", **EVERYTHING}, formed),
+            "none": (
+                ("loss",),
+                {"reduction": "none", **EVERYTHING},
+                [*hidden, *numbers(7), *hidden, *numbers(5), *reduce],
+            ),
+            "outputs beside the mean": (
+                ("loss", "lse", "entropy"),
+                EVERYTHING,
+                [*formed, *hidden, *numbers(6), *reduce],
+            ),
+            "an output alone": (("max_prob",), EVERYTHING, [*formed, *hidden, *numbers(6), *reduce]),
+            "adversarial": (("loss",), {**linear, "perturbed_hidden": True}, [*formed, *margins]),
+        }
+        for name, (fields, settings, expected) in calls.items():
+            ranks.label = f"{name}, sequence_parallel={sequence_parallel}"
+            with chunks(each, widest), collectives() as called:
+                differentiate(own, fields, outputs=OUTPUTS, **settings)
+            ranks.expect(called == expected, f"collectives {called}, must be {expected}")
+        ranks.label = f"plain under no_grad, sequence_parallel={sequence_parallel}"
+        with torch.no_grad(), chunks(each, widest), collectives() as called:
+            linear_cross_entropy(own.hidden, own.weight, own.targets, shard=own.shard)
+        ranks.expect(called == [*hidden, *numbers(4)], f"collectives {called}")
 
 
 def recomputed_and_compiled(ranks: Ranks) -> None:
+    """Activation checkpoints, and a compiler that takes all of it into one graph: bit by bit what comes of plain
+    calls. The operator finds its shard by its key."""
     ways: dict[str, Callable[..., Tensor]] = {
         "checkpoint": lambda call, *inputs: checkpoint(call, *inputs, use_reentrant=False),
         "reentrant checkpoint": lambda call, *inputs: checkpoint(call, *inputs, use_reentrant=True),
-        "compiled": lambda call, *inputs: torch.compile(call, backend="eager")(*inputs),
+        "compiled": lambda call, *inputs: torch.compile(call, backend="aot_eager", fullgraph=True)(*inputs),
     }
     if ranks.count > 2:  # loading the compiler, which checkpoints do too, takes seconds of each process
         return
+    outputs = ("entropy", "max_prob")
+    linear: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.01, "shift": 1}
+    cases: list[tuple[dict[str, Any], bool]] = [
+        ({"reduction": "sum"}, False),
+        ({"reduction": "none", "softcap": 5.0, "outputs": outputs, **linear}, True),
+        ({"reduction": "mean", "outputs": outputs, "loss": CompSum(0.5, nu=0.3), **linear}, True),
+    ]
     for way, apply in ways.items():
-        for reduction, sequence_parallel in (("sum", False), ("none", True)):
-            ranks.label = f"{way}, {reduction}, sequence_parallel={sequence_parallel}"
+        for settings, sequence_parallel in cases:
+            ranks.label = f"{way}, {settings}, sequence_parallel={sequence_parallel}"
             problem, ends = draw_cut(ranks, 12, 5, 23, padding=4, ignored=0.3)
             own = ranks.part(problem, ends, sequence_parallel)
+            factors = torch.randn(12, dtype=torch.float64)
 
-            def call(hidden: Tensor, weight: Tensor, own: Problem = own, reduction: Any = reduction) -> Tensor:
-                losses = linear_cross_entropy(
-                    torch.tanh(hidden), weight, own.targets, shard=own.shard, reduction=reduction
-                ).loss
-                return (losses * torch.arange(1, 13)).sum() if reduction == "none" else losses * 0.7
+            def call(
+                hidden: Tensor,
+                weight: Tensor,
+                perturbed: Tensor,
+                own: Problem = own,
+                settings: dict[str, Any] = settings,
+                factors: Tensor = factors,
+            ) -> Tensor:
+                output = linear_cross_entropy(
+                    torch.tanh(hidden),
+                    weight,
+                    own.targets,
+                    class_weights=own.class_weights,
+                    perturbed_hidden=perturbed if "loss" in settings else None,
+                    shard=own.shard,
+                    **settings,
+                )
+                total = (output.loss * (factors if settings["reduction"] == "none" else factors[0])).sum()
+                for name in settings.get("outputs", ()):
+                    total = total + (getattr(output, name) * factors.flip(0)).sum()
+                return total
 
+            assert own.perturbed_hidden is not None
             results = []
             for used in (apply, lambda call, *inputs: call(*inputs)):
-                leaves = [x.clone().requires_grad_() for x in (own.hidden, own.weight)]
-                used(call, *leaves).backward()
-                results.append([leaf.grad for leaf in leaves])
-            ranks.expect(all(map(torch.equal, *results)), f"gradients {results[0]}, plainly {results[1]}")
+                leaves = [x.clone().requires_grad_() for x in (own.hidden, own.weight, own.perturbed_hidden)]
+                total = used(call, *leaves)
+                total.backward()
+                given = leaves if "loss" in settings else leaves[:2]
+                results.append([total.detach(), *(leaf.grad for leaf in given)])
+            ranks.expect(all(map(torch.equal, *results)), f"loss and gradients {results[0]}, plainly {results[1]}")
 
 
 def smaller_groups(ranks: Ranks) -> None:
@@ -128,52 +190,3 @@ def smaller_groups(ranks: Ranks) -> None:
                 inner.expect(all(map(torch.equal, gradients, wanted)), "a group of one has other gradients")
                 inner.expect(not called, f"a group of one calls {called}")
     torch.manual_seed(0)  # the groups drew different numbers
-
-
-def shards_that_do_not_fit(ranks: Ranks) -> None:
-    """The same line on all ranks, whichever of them is wrong; and afterwards they still meet."""
-    last = ranks.count - 1
-    hidden, targets = torch.randn(4 * ranks.count, 3), torch.zeros(4 * ranks.count, dtype=torch.int64)
-
-    def loss(start: int, stop: int, vocab_size: int = 5, rows: int | None = None, **settings: Any) -> None:
-        shard = VocabShard(start, stop, vocab_size, ranks.group, **settings)
-        weight = torch.zeros(stop - start if rows is None else rows, 3)
-        mine = hidden.chunk(ranks.count)[ranks.rank] if shard.sequence_parallel else hidden
-        linear_cross_entropy(mine, weight, targets, shard=shard)
-
-    start, stop = 5 * ranks.rank, 5 * ranks.rank + 5
-    odd = ranks.rank == last
-    ranks.label = "bad shards"
-    fault = f"shard of rank {last}:"
-    consecutive = "since ranks hold consecutive rows from 0 on"
-    ranks.expect_same_error(
-        f"{fault} start is {5 * last + 1}, must be {5 * last}, {consecutive}", lambda: loss(start + odd, stop)
-    )
-    ranks.expect_same_error(f"shard of rank 0: start is 5, must be 0, {consecutive}", lambda: loss(start + 5, stop + 5))
-    ranks.expect_same_error(
-        f"{fault} [{5 * last}, {5 * last + 5}) is not the 6 rows of its weight", lambda: loss(start, stop, rows=5 + odd)
-    )
-    ranks.expect_same_error(
-        f"{fault} vocab_size is 6, on rank 0 5; it must be the same", lambda: loss(start, stop, vocab_size=5 + odd)
-    )
-    ranks.expect_same_error(
-        f"{fault} sequence_parallel is 1, on rank 0 0; it must be the same",
-        lambda: loss(start, stop, sequence_parallel=odd),
-    )
-    ranks.expect_same_error(
-        f"shard.vocab_size 99 exceeds the {5 * ranks.count} rows of all ranks' weights",
-        lambda: loss(start, stop, vocab_size=99),
-    )
-    everywhere = VocabShard(start, stop, 5, ranks.group, sequence_parallel=True)
-    ranks.expect_same_error(
-        f"hidden ({len(hidden)}, 3) must hold 1/{ranks.count} of the {len(hidden)} tokens of targets "
-        f"({len(hidden)},), since shard.sequence_parallel divides them equally among {ranks.count} ranks",
-        lambda: linear_cross_entropy(hidden, torch.zeros(5, 3), targets, shard=everywhere),
-    )
-    loss(start, stop)
-    agreed = VocabShard(start, stop, 5, ranks.group)
-    linear_cross_entropy(hidden, torch.zeros(5, 3), targets, shard=agreed)
-    ranks.expect_same_error(
-        f"weight has 4 rows, its shard [{start}, {stop}) another number",
-        lambda: linear_cross_entropy(hidden, torch.zeros(4, 3), targets, shard=agreed),
-    )
