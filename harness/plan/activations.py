@@ -114,10 +114,11 @@ def loss_bytes(work: Workload, rows: int, columns: int) -> int:
         return 2 * tokens * model.vocab_size * 8
     most = min(rows, model.vocab_size)
     length = chunk_length(tokens, most, FP32_BYTES, work.on_host)
-    chunk = length * columns * FP32_BYTES * (2 if model.logit_softcap is not None else 1)
+    powers = work.loss.tau != 1.0 and work.loss.label_smoothing > 0
+    chunk = length * columns * FP32_BYTES * (1 + (model.logit_softcap is not None) + powers)
     matrix = 0 if work.element_bytes == FP32_BYTES else columns * model.hidden_size * FP32_BYTES
     weight_gradient = rows * model.hidden_size * FP32_BYTES
-    hidden_gradient = tokens * model.hidden_size * (FP32_BYTES if work.tensor > 1 else work.element_bytes)
+    hidden_gradient = tokens * model.hidden_size * FP32_BYTES
     gathered = tokens * model.hidden_size * work.element_bytes if work.sequence_parallel else 0
     return chunk + matrix + weight_gradient + hidden_gradient + gathered
 

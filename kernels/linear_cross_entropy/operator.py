@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from .blocked import recomputed_gradients, reduced_loss, scale_gradients
 from .checks import check_shard, check_targets
 from .gradient import Upstream
-from .sweep import Problem, Wanted, arithmetic_dtype, formed_dtype
+from .sweep import Problem, Wanted, arithmetic_dtype
 from .types import OUTPUTS, Terms, VocabShard
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -168,7 +168,7 @@ def _(
         empty("entropy" in names, targets.shape),
         empty("max_prob" in names, targets.shape),
         empty("correct" in names, targets.shape, torch.bool),
-        empty(formed.hidden, hidden.shape, formed_dtype(hidden, weight)),
+        empty(formed.hidden, hidden.shape),
         empty(formed.weight, weight.shape),
         empty(formed.bias, weight.shape[:1]),
         empty(reduction == "mean", ()),

@@ -25,11 +25,14 @@ from .gradient import Upstream, replace_by_gradient, weigh
 from .types import Terms, VocabShard
 from .vocab_parallel import combine, complete_hidden_gradient, gather, own_columns
 
-# Each chunk reads and rewrites the whole weight gradient, so short chunks are slow: at N 2048, V 50304, D 768 on two
-# cores, forward and backward took 1.23 times the three bare products with 256 tokens a chunk, 1.06 with 512, 1.02 with
-# 1024. The accelerator's figures are estimates of the same trade, not measured.
+# Each chunk reads the weight twice, and reads and rewrites its gradient, so short chunks are slow: at N 2048, V 50304,
+# D 768 on two cores, forward and backward took 1.23 times the three bare products with 256 tokens a chunk, 1.06 with
+# 512, 1.02 with 1024. The accelerator's figures are estimates of the same trade, not measured.
 CPU_CHUNK_BYTES = 128 * 2**20
 CPU_CHUNK_TOKENS = (512, 1024)
+CPU_CHUNKS = 4
+"""Beyond the bytes, chunks grow to the upper bound while there are as many: a quarter of the tokens takes a tenth of
+the memory that plain torch takes for all logits and their gradient."""
 ACCELERATOR_CHUNK_BYTES = 2**30
 ACCELERATOR_CHUNK_TOKENS = (1024, 16384)
 
@@ -66,7 +69,7 @@ class Swept:
     """losses (N,), unreduced and without token weights, 0 where ignored; outputs (N,); gradients that were wanted.
 
     Gradients are those of Σ upstream · (losses and outputs), but for the factor 1/temperature, which the caller still
-    owes. The hidden gradient has hidden's shape and `formed_dtype`, weight's and bias's the dtype of the arithmetic.
+    owes. They have the shapes of their inputs and the dtype of the arithmetic, to be rounded once, at the end.
     """
 
     losses: Tensor
@@ -81,15 +84,12 @@ def arithmetic_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
 
 
-def formed_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """That of hidden's gradient before its last factors: hidden's own, but for fp16, beyond whose range they lead."""
-    return arithmetic_dtype(hidden, weight) if hidden.dtype == torch.float16 else hidden.dtype
-
-
 def chunk_length(tokens: int, vocab_size: int, element_bytes: int, on_host: bool) -> int:
     """Tokens a chunk: as many as the bytes budget holds, within bounds, and all chunks about as long as each other."""
     budget_bytes = CPU_CHUNK_BYTES if on_host else ACCELERATOR_CHUNK_BYTES
     shortest, longest = CPU_CHUNK_TOKENS if on_host else ACCELERATOR_CHUNK_TOKENS
+    if on_host:
+        shortest = max(shortest, tokens // CPU_CHUNKS)
     most = min(max(budget_bytes // (vocab_size * element_bytes), shortest), longest)
     chunks = -(-tokens // most)
     return -(-tokens // max(chunks, 1))
@@ -152,7 +152,7 @@ def sweep(problem: Problem, wanted: Wanted, upstream: Upstream, outputs: Sequenc
     if torch.is_autocast_enabled(hidden.device.type):
         with torch.autocast(hidden.device.type, enabled=False):
             return sweep(problem, wanted, upstream, outputs)
-    hidden_dtype, shared = formed_dtype(hidden, weight), shard.ranks > 1
+    shared = shard.ranks > 1
     if shared and shard.sequence_parallel:
         hidden = gather(hidden, shard)
     tokens = Tokens(problem.targets, upstream, terms.ignore_index, dtype)
@@ -173,7 +173,7 @@ def sweep(problem: Problem, wanted: Wanted, upstream: Upstream, outputs: Sequenc
         powers=terms.tau != 1.0 and terms.label_smoothing > 0.0,
         scratch="entropy" in names,
     )
-    gradients = Gradients(hidden, dtype if shared else hidden_dtype, weight, shard.columns, wanted, dtype)
+    gradients = Gradients(hidden, weight, shard.columns, wanted, dtype)
     results: dict[str, list[Tensor]] = {name: [] for name in ("losses", *outputs)}
 
     for start in range(0, count, max(length, 1)):
@@ -206,9 +206,9 @@ def sweep(problem: Problem, wanted: Wanted, upstream: Upstream, outputs: Sequenc
     }
     hidden_grad, weight_grad, bias_grad = gradients.finish(any_rows=count > 0)
     if shared and hidden_grad is not None:
-        # Rounded once, after the sum: with parts in bf16 the error of a bf16 gradient came out 1.4 times as large over
-        # 2 ranks, 1.8 over 4, 2.3 over 8.
-        hidden_grad = complete_hidden_gradient(hidden_grad, shard).to(hidden_dtype)
+        # In the dtype of the arithmetic: with parts in bf16 the error of a bf16 gradient came out 1.4 times as large
+        # over 2 ranks, 1.8 over 4, 2.3 over 8.
+        hidden_grad = complete_hidden_gradient(hidden_grad, shard)
     return Swept(joined.pop("losses"), joined, hidden_grad, weight_grad, bias_grad)
 
 
@@ -218,14 +218,13 @@ class Gradients:
     def __init__(
         self,
         hidden: Tensor,
-        hidden_dtype: torch.dtype,
         weight: Tensor,
         columns: int,
         wanted: Wanted,
         dtype: torch.dtype,
     ) -> None:
-        self.columns, self.dtype = columns, dtype
-        self.hidden = torch.empty(hidden.shape, dtype=hidden_dtype, device=hidden.device) if wanted.hidden else None
+        self.columns = columns
+        self.hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if wanted.hidden else None
         self.weight = torch.empty(weight.shape, dtype=dtype, device=weight.device) if wanted.weight else None
         self.bias = torch.zeros(len(weight), dtype=dtype, device=weight.device) if wanted.bias else None
 
@@ -240,15 +239,16 @@ class Gradients:
     ) -> None:
         """Adds a chunk: logit_grad (n, columns), chosen (n, D), factors (n, 1) of its rows."""
         if self.hidden is not None:
-            if tokens.index is None and self.hidden.dtype == self.dtype:
+            if tokens.index is None:
                 part = torch.mm(logit_grad, matrix, out=self.hidden[rows])
-                if factors is not None:
-                    part.mul_(factors)
             else:
                 part = logit_grad @ matrix
-                if factors is not None:
-                    part.mul_(factors)
-                self._place(part.to(self.hidden.dtype), rows, tokens)
+            if factors is not None:
+                part.mul_(factors)
+            if tokens.index is not None:
+                if rows.start == 0:
+                    self.hidden.zero_()
+                self.hidden[tokens.index[rows]] = part
         if self.weight is not None:
             scaled = chosen if factors is None else chosen * factors
             # The first product overwrites, so the gradient is neither cleared nor read before.
@@ -256,15 +256,6 @@ class Gradients:
         if self.bias is not None:
             total = logit_grad.sum(0) if factors is None else (logit_grad.t() @ factors).squeeze(1)
             self.bias[: self.columns] += total
-
-    def _place(self, part: Tensor, rows: slice, tokens: Tokens) -> None:
-        assert self.hidden is not None
-        if tokens.index is None:
-            self.hidden[rows] = part
-            return
-        if rows.start == 0:
-            self.hidden.zero_()
-        self.hidden[tokens.index[rows]] = part
 
     def finish(self, any_rows: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients, zero at padding rows; all zero where no token counted."""

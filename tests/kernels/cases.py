@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from harness.kernels import LossOutput, VocabShard, linear_cross_entropy
+from harness.kernels import IGNORE_INDEX, LossOutput, VocabShard, linear_cross_entropy
+
+DIFFERENTIABLE = ("lse", "logprob", "entropy", "max_prob")
+"""The outputs that have a gradient."""
 
 
 @dataclass
@@ -19,56 +23,77 @@ class Problem:
     bias: Tensor
     token_weights: Tensor
     shard: VocabShard
+    class_weights: Tensor | None = None
+    perturbed_hidden: Tensor | None = None
 
 
 def draw(
-    tokens: int,
+    tokens: int | tuple[int, ...],
     dim: int,
     vocab_size: int,
     *,
     padding: int = 0,
     ignored: float = 0.0,
+    ignore_index: int = IGNORE_INDEX,
     dtype: torch.dtype = torch.float64,
 ) -> Problem:
     """Gaussian logits of a few nats; `ignored` is the share of tokens without a target."""
-    rows = vocab_size + padding
-    targets = torch.randint(0, vocab_size, (tokens,))
-    targets[torch.rand(tokens) < ignored] = -100
+    rows, shape = vocab_size + padding, (tokens,) if isinstance(tokens, int) else tokens
+    targets = torch.randint(0, vocab_size, shape)
+    targets[torch.rand(shape) < ignored] = ignore_index
+    hidden = torch.randn(*shape, dim, dtype=dtype)
     return Problem(
-        hidden=torch.randn(tokens, dim, dtype=dtype),
+        hidden=hidden,
         weight=(torch.randn(rows, dim) * 2 / dim**0.5).to(dtype),
         targets=targets,
         bias=torch.randn(rows, dtype=dtype),
-        token_weights=torch.rand(tokens, dtype=dtype),
+        token_weights=torch.rand(shape, dtype=dtype),
         shard=VocabShard(0, rows, vocab_size),
+        class_weights=torch.rand(vocab_size, dtype=dtype) * 2,
+        perturbed_hidden=(hidden + torch.randn_like(hidden) / 3).to(dtype),
     )
 
 
-def solve(
+def differentiate(
     problem: Problem,
-    upstream: Tensor | None = None,
+    fields: Sequence[str] = ("loss",),
+    upstream: dict[str, Tensor] | None = None,
     *,
     bias: bool = False,
     token_weights: bool = False,
+    class_weights: bool = False,
+    perturbed_hidden: bool = False,
     **settings: Any,
-) -> tuple[LossOutput, list[Tensor], Tensor]:
-    """The result, the gradients of hidden, weight and (where asked for) bias, and the upstream gradient, if not given
-    random and different for every element of the loss."""
-    leaves = [problem.hidden, problem.weight] + ([problem.bias] if bias else [])
-    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+) -> tuple[LossOutput, list[Tensor], dict[str, Tensor]]:
+    """The result; the gradients of hidden, weight and (where asked for) bias and perturbed_hidden; and the upstream
+    gradients of the result's `fields`, where not given random and different for every element."""
+    optional = {"bias": bias, "perturbed_hidden": perturbed_hidden}
+    names = ["hidden", "weight", *(name for name, there in optional.items() if there)]
+    leaves = {name: getattr(problem, name).detach().requires_grad_() for name in names}
     output = linear_cross_entropy(
-        leaves[0],
-        leaves[1],
-        problem.targets,
-        bias=leaves[2] if bias else None,
+        **leaves,
+        targets=problem.targets,
         token_weights=problem.token_weights if token_weights else None,
+        class_weights=problem.class_weights if class_weights else None,
         shard=problem.shard,
         **settings,
     )
+    values = [getattr(output, field) for field in fields]
     if upstream is None:
-        upstream = torch.randn(output.loss.shape, dtype=torch.float64) + 0.1
-    gradients = torch.autograd.grad(output.loss, leaves, upstream.to(output.loss.dtype))
-    return output, list(gradients), upstream
+        upstream = {
+            field: torch.randn(value.shape, dtype=torch.float64) + 0.1
+            for field, value in zip(fields, values, strict=True)
+        }
+    from_above = [upstream[field].to(value.dtype) for field, value in zip(fields, values, strict=True)]
+    return output, list(torch.autograd.grad(values, list(leaves.values()), from_above)), upstream
+
+
+def solve(problem: Problem, upstream: Tensor | None = None, **settings: Any) -> tuple[LossOutput, list[Tensor], Tensor]:
+    """`differentiate` of the loss alone, and its upstream gradient."""
+    output, gradients, given = differentiate(
+        problem, ("loss",), None if upstream is None else {"loss": upstream}, **settings
+    )
+    return output, gradients, given["loss"]
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from harness.kernels import VocabShard, linear_cross_entropy
+from harness.kernels import CompSum, VocabShard, linear_cross_entropy
 from harness.kernels.linear_cross_entropy import checks
 
 HIDDEN, WEIGHT, TARGETS = torch.randn(2, 3, 4), torch.randn(7, 4), torch.zeros(2, 3, dtype=torch.int64)
@@ -24,6 +24,34 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"bias": torch.randn(6)}, r"bias must have shape \(7,\), got \(6,\)"),
     ({"token_weights": torch.ones(6)}, r"token_weights \(6,\) must have the shape of targets \(2, 3\)"),
     ({"token_weights": torch.ones(2, 3, requires_grad=True)}, "token_weights gets no gradient"),
+    ({"class_weights": torch.ones(6)}, r"class_weights must have shape \(7,\), one for each token .*, got \(6,\)"),
+    ({"class_weights": torch.ones(7, requires_grad=True)}, "class_weights gets no gradient: detach it"),
+    ({"class_weights": torch.ones(7, dtype=torch.int64)}, "class_weights has dtype torch.int64; float32, bfloat16"),
+    ({"class_weights": torch.ones(7), "shard": VocabShard(0, 7, 5)}, r"class_weights must have shape \(5,\)"),
+    ({"shift": -1}, "shift must not be negative, got -1"),
+    ({"loss": "cross_entropy"}, "loss must be a CrossEntropy or a CompSum, got 'cross_entropy'"),
+    ({"loss": CompSum}, "loss must be a CrossEntropy or a CompSum, got <class"),
+    ({"loss": CompSum(nu=0.5)}, "loss has nu 0.5: perturbed_hidden must be given, with the shape of hidden"),
+    ({"perturbed_hidden": HIDDEN}, r"perturbed_hidden is only for a loss CompSum\(nu=...\) with nu above 0"),
+    ({"perturbed_hidden": HIDDEN, "loss": CompSum()}, r"perturbed_hidden is only for a loss CompSum\(nu=...\)"),
+    (
+        {"perturbed_hidden": HIDDEN[:1], "loss": CompSum(nu=1.0)},
+        r"perturbed_hidden must be like hidden, \(2, 3, 4\) on cpu, got \(1, 3, 4\) torch.float32 on cpu",
+    ),
+    (
+        {"perturbed_hidden": HIDDEN.long(), "loss": CompSum(nu=1.0)},
+        r"perturbed_hidden must be like hidden, \(2, 3, 4\) on cpu, got \(2, 3, 4\) torch.int64 on cpu",
+    ),
+    (
+        {"perturbed_hidden": HIDDEN, "loss": CompSum(nu=1.0), "softcap": 2.0},
+        "a loss with nu needs a linear head: it does not go together with softcap",
+    ),
+    ({"weight_grad_dtype": torch.int64}, "weight_grad_dtype must be a floating-point dtype or None, got torch.int64"),
+    ({"filter_bound": 1.0}, r"filter_bound must lie in \[0, 1\), or be None for no filter, got 1.0"),
+    ({"filter_bound": float("nan")}, r"filter_bound must lie in \[0, 1\), or be None for no filter, got nan"),
+    ({"temperature": float("nan")}, "temperature must be finite and positive, got nan"),
+    ({"softcap": float("inf")}, "softcap must be finite and positive, or None for no cap, got inf"),
+    ({"z_loss": float("inf")}, "z_loss must be finite and not negative, got inf"),
     ({"label_smoothing": 1.1}, r"label_smoothing must lie in \[0, 1\], got 1.1"),
     ({"label_smoothing": float("nan")}, r"label_smoothing must lie in \[0, 1\], got nan"),
     ({"z_loss": -0.1}, "z_loss must be finite and not negative, got -0.1"),
@@ -64,6 +92,34 @@ def test_a_target_out_of_range_is_asserted_on_a_device(monkeypatch: pytest.Monke
     linear_cross_entropy(HIDDEN, WEIGHT, TARGETS)
     with pytest.raises(RuntimeError, match=r"a target is neither a token id in \[0, 7\)"):
         linear_cross_entropy(HIDDEN, WEIGHT, TARGETS + 7)
+
+
+@pytest.mark.parametrize(
+    ("constants", "line"),
+    [
+        ({"tau": -0.1}, "tau must be finite and not negative, got -0.1"),
+        ({"tau": float("inf")}, "tau must be finite and not negative, got inf"),
+        ({"tau": float("nan")}, "tau must be finite and not negative, got nan"),
+        ({"rho": 0.0}, "rho must be finite and positive, got 0.0"),
+        ({"nu": -1.0}, "nu must be finite and not negative, got -1.0"),
+    ],
+)
+def test_impossible_comp_sum_losses(constants: dict[str, float], line: str) -> None:
+    with pytest.raises(ValueError, match=f"CompSum: {line}"):
+        CompSum(**constants)
+
+
+@pytest.mark.parametrize("q", [0.0, 1.0, -0.5, float("nan")])
+def test_an_impossible_exponent_of_generalized_cross_entropy(q: float) -> None:
+    with pytest.raises(ValueError, match=f"q must lie between 0 and 1, got {q}"):
+        CompSum.generalized_cross_entropy(q)
+
+
+def test_a_target_that_the_shift_drops_is_checked_too() -> None:
+    targets = TARGETS.clone()
+    targets[0, 0] = 9
+    with pytest.raises(ValueError, match=r"targets\[0, 0\] is 9"):
+        linear_cross_entropy(HIDDEN, WEIGHT, targets, shift=1)
 
 
 @pytest.mark.parametrize(("start", "stop", "vocab_size"), [(-1, 4, 4), (4, 4, 4), (0, 4, 0)])
