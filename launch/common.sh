@@ -4,6 +4,8 @@
 # One line on stderr and exit status 2; nothing has started yet.
 refuse() {
     printf 'launch/%s: error: %s\n' "${0##*/}" "$*" >&2
+    # A task of srun: let the line through first, as srun ends the step, its output too, on the first bad exit.
+    [[ -z ${SLURM_PROCID:-} ]] || sleep 2
     exit 2
 }
 

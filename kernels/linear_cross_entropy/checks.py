@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .comp_sum import CompSum, CrossEntropy
 from .types import OUTPUTS, Terms, VocabShard
@@ -39,16 +40,21 @@ def check_tensors(
     }
     given = {name: tensor for name, tensor in named.items() if tensor is not None}
     for name, tensor in given.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise ValueError(f"{name} must be a dense torch.Tensor, got {_kind(tensor)}")
+    for name, tensor in given.items():
         if tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}: they must be on one device")
         if name != "targets" and tensor.dtype not in FLOATS:
             raise ValueError(f"{name} has dtype {tensor.dtype}; float32, bfloat16, float16 and float64 will do")
     if targets.dtype != torch.int64:
         raise ValueError(f"targets has dtype {targets.dtype}; int64 token ids are wanted")
-    if weight.dim() != 2 or weight.shape[0] == 0:
-        raise ValueError(f"weight must be (V, D) with V at least 1, got shape {tuple(weight.shape)}")
-    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1] or weight.shape[1] == 0:
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"weight must be (V, D) with V and D at least 1, got shape {tuple(weight.shape)}")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} must end in the D of weight {tuple(weight.shape)}")
+    if shard is not None and not isinstance(shard, VocabShard):
+        raise ValueError(f"shard must be a VocabShard or None, got {_kind(shard)}")
     if shard is not None and shard.sequence_parallel:
         if hidden.shape[:-1].numel() * shard.ranks != targets.numel():
             raise ValueError(
@@ -79,6 +85,31 @@ def check_tensors(
             raise ValueError("token_weights gets no gradient: detach it, or weight the losses of reduction='none'")
 
 
+def _kind(value: object) -> str:
+    return f"a {value.layout} tensor" if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_kinds(terms: Terms, outputs: Sequence[str], filter_bound: float | None) -> None:
+    """Raises ValueError where a constant is not a number, or outputs are no sequence of names."""
+    numbers = {
+        "label_smoothing": terms.label_smoothing,
+        "z_loss": terms.z_loss,
+        "softcap": 1.0 if terms.softcap is None else terms.softcap,
+        "temperature": terms.temperature,
+        "filter_bound": 0.0 if filter_bound is None else filter_bound,
+    }
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, float | int):
+            raise ValueError(f"{name} must be a number, got {_kind(number)}")
+    for name, whole in (("shift", terms.shift), ("ignore_index", terms.ignore_index)):
+        if isinstance(whole, bool) or not isinstance(whole, int) or not -(2**63) <= whole < 2**63:
+            raise ValueError(f"{name} must be an int of 64 bits, got {whole!r}")
+    if isinstance(outputs, str):
+        raise ValueError(f"outputs must be a sequence of names such as ({outputs!r},), got the string {outputs!r}")
+    if not isinstance(outputs, list | tuple):
+        raise ValueError(f"outputs must be a list or tuple of names, got {_kind(outputs)}")
+
+
 def check_terms(
     terms: Terms,
     reduction: str,
@@ -87,6 +118,7 @@ def check_terms(
     filter_bound: float | None,
 ) -> None:
     """Raises ValueError where a constant is out of its range or a name is not one of those known."""
+    check_kinds(terms, outputs, filter_bound)
     if terms.shift < 0:
         raise ValueError(f"shift must not be negative, got {terms.shift}")
     if not 0.0 <= terms.label_smoothing <= 1.0:
@@ -103,8 +135,6 @@ def check_terms(
         raise ValueError(f"weight_grad_dtype must be a floating-point dtype or None, got {weight_grad_dtype}")
     if filter_bound is not None and not 0.0 <= filter_bound < 1.0:
         raise ValueError(f"filter_bound must lie in [0, 1), or be None for no filter, got {filter_bound}")
-    if isinstance(outputs, str):
-        raise ValueError(f"outputs must be a sequence of names such as ({outputs!r},), got the string {outputs!r}")
     for name in outputs:
         if name not in OUTPUTS:
             raise ValueError(f"outputs may name {', '.join(OUTPUTS)}; got {name!r}")
@@ -169,3 +199,11 @@ def check_targets(targets: Tensor, terms: Terms) -> None:
             fine.all(),
             f"a target is neither a token id in [0, {terms.vocab_size}) nor ignore_index {terms.ignore_index}",
         )
+
+
+def refuse_forward_mode(*inputs: Tensor | None) -> None:
+    """Raises NotImplementedError where one carries a forward-mode tangent, which the operator would drop in silence."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(value is not None and forward_ad.unpack_dual(value).tangent is not None for value in inputs):
+        raise NotImplementedError("linear_cross_entropy has no forward-mode derivative: use implementation='reference'")

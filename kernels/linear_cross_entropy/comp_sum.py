@@ -35,6 +35,9 @@ class CompSum:
     nu: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("tau", "rho", "nu"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), float | int):
+                raise ValueError(f"CompSum: {name} must be a number, got {type(getattr(self, name)).__name__}")
         if not 0.0 <= self.tau < math.inf:
             raise ValueError(f"CompSum: tau must be finite and not negative, got {self.tau}")
         if not 0.0 < self.rho < math.inf:

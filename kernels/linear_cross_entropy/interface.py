@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .adversarial import margin_changes
 from .blocked import mean_scale
-from .checks import check_perturbation, check_shard, check_targets, check_tensors, check_terms
+from .checks import check_perturbation, check_shard, check_targets, check_tensors, check_terms, refuse_forward_mode
 from .comp_sum import CompSum, CrossEntropy
 from .operator import loss_operator, shifted
 from .reference import reference_loss
+from .sweep import arithmetic_dtype
 from .types import IGNORE_INDEX, OUTPUTS, LossOutput, Reduction, Terms, VocabShard
 from .vocab_parallel import gather_problem, whole_hidden
 
@@ -105,6 +106,8 @@ def linear_cross_entropy(
     - Where the logits are computed again in the backward, the shard must live until then.
     - V in the costs is the rank's own. The reference gathers the whole problem, and solves it on every rank.
 
+    Differentiable once, backwards: a second derivative raises RuntimeError, forward mode NotImplementedError.
+
     Raises ValueError for shapes, dtypes and constants that don't fit, and on the CPU for a target out of range, naming
     its value and position (elsewhere an assertion on the device, since the host doesn't wait).
     """
@@ -122,6 +125,10 @@ def linear_cross_entropy(
         check_shard(shard, weight)
     terms = replace(terms, temperature=temperature * rho)
     needed = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
+    if perturbed_hidden is not None:
+        # Both parts of the loss have gradients of these: added up before they are rounded.
+        dtype = arithmetic_dtype(hidden, weight)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
     if implementation == "reference":
         value, extras = _reference(
             hidden, weight, bias, class_weights, targets, token_weights, terms, reduction, names, shard,
@@ -130,6 +137,7 @@ def linear_cross_entropy(
         ran = f"reference, {2 + 2 * (needed[0] + needed[1])} NVD"
         return LossOutput(value, ran, **extras)
 
+    refuse_forward_mode(hidden, weight, bias)
     value, *rest = loss_operator(
         hidden,
         weight,

@@ -58,11 +58,12 @@ def loss_operator(
     reduced = reduced_loss(problem, weights, reduction, names, Wanted(*wanted))
     swept = reduced.swept
     found = [swept.outputs.get(name) for name in OUTPUTS]
-    shaped = [None if value is None else value.reshape(targets.shape) for value in found]
+    # Cloned, as what autograd holds for views may not be changed in place.
+    shaped = [None if value is None else value.reshape(targets.shape).clone() for value in found]
     formed = [swept.hidden_grad, swept.weight_grad, swept.bias_grad]
     if formed[0] is not None:
         formed[0] = formed[0].reshape(hidden.shape)
-    loss = reduced.loss.reshape(targets.shape) if reduction == "none" else reduced.loss
+    loss = reduced.loss.reshape(targets.shape).clone() if reduction == "none" else reduced.loss
     rest = (_or_nothing(value, hidden) for value in (*shaped, *formed, reduced.scale))
     return loss, *rest  # type: ignore[return-value]
 
@@ -129,6 +130,8 @@ def shifted(values: Tensor, shift: int, filling: float) -> Tensor:
     """At each place of the last dimension what stands `shift` further on, and at the end `filling`."""
     if shift == 0:
         return values
+    if values.dim() == 0:
+        return torch.full_like(values, filling)
     moved = torch.full_like(values, filling)
     moved[..., : max(values.shape[-1] - shift, 0)] = values[..., shift:]
     return moved
@@ -208,8 +211,17 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     ctx.spent = False
 
 
+def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        # Under create_graph. once_differentiable raises in a second derivative only if an upstream gradient needs one,
+        # and would drop, in silence, that these gradients depend on hidden and weight.
+        upstream = tuple(None if value is None else value.detach().requires_grad_() for value in upstream)
+    gradients: tuple[Tensor | None, ...] = _gradients(ctx, *upstream)
+    return gradients
+
+
 @once_differentiable
-def _backward(ctx: Any, loss_grad: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, loss_grad: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
     if ctx.formed and ctx.spent and loss_grad is not None:
         raise RuntimeError(
             "linear_cross_entropy: second backward through one loss; its gradients were formed in the forward and "

@@ -53,6 +53,9 @@ class VocabShard:
     """A name for this object in this process, by which a custom operator finds it; empty where one rank holds all."""
 
     def __post_init__(self) -> None:
+        for name in ("start", "stop", "vocab_size"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
+                raise ValueError(f"VocabShard: {name} must be an int, got {getattr(self, name)!r}")
         if not 0 <= self.start < self.stop:
             raise ValueError(f"VocabShard: 0 <= start < stop must hold, got start={self.start}, stop={self.stop}")
         if self.vocab_size < 1:

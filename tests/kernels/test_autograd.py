@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from harness.kernels import OUTPUTS, linear_cross_entropy
@@ -138,13 +139,42 @@ def test_reduced_losses_do_not_keep_what_they_no_longer_need(reduction: str) -> 
     assert relative_error(weight.grad, exact) < 1e-13
 
 
-def test_second_derivatives_are_refused() -> None:
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivatives_are_refused(reduction: str) -> None:
     problem = draw(9, 4, 17)
     hidden = problem.hidden.requires_grad_()
-    loss = linear_cross_entropy(hidden, problem.weight, problem.targets).loss
-    (gradient,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
+    for power in (1, 2):  # with 1 the upstream gradient depends on nothing, but the gradient still does
+        loss = linear_cross_entropy(hidden, problem.weight, problem.targets, reduction=reduction).loss
+        (gradient,) = torch.autograd.grad(loss.pow(power).sum(), hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            (gradient.square().sum() + loss.detach().sum()).backward()
+
+
+def test_forward_mode_is_refused() -> None:
+    problem = draw(9, 4, 17)
+
+    def loss(hidden: Tensor, implementation: str = "blocked") -> Tensor:
+        return linear_cross_entropy(hidden, problem.weight, problem.targets, implementation=implementation).loss
+
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(loss, (problem.hidden,), (problem.hidden,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        loss(forward_ad.make_dual(problem.hidden, problem.hidden))
+    with forward_ad.dual_level():
+        loss(problem.hidden)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_results_may_be_changed_in_place(reduction: str) -> None:
+    problem = draw(9, 4, 17)
+    hidden = problem.hidden.requires_grad_()
+    gradients = []
+    for in_place in (False, True):
+        output = linear_cross_entropy(hidden, problem.weight, problem.targets, reduction=reduction, outputs=("lse",))
+        loss = output.loss.mul_(3.0) if in_place else output.loss * 3.0
+        lse = output.lse.add_(1.0).square_() if in_place else (output.lse + 1.0).square()
+        gradients.append(torch.autograd.grad(loss.sum() + lse.sum(), hidden)[0])
+    assert torch.equal(*gradients)
 
 
 class Net(nn.Module):

@@ -42,10 +42,10 @@ def test_dtypes_of_results(reduction: str, hidden: str, weight: str) -> None:
     }
     assert output.correct.dtype == torch.bool
     assert relative_error(output.loss, exact.loss) < (1e-12 if double else 1e-5)
-    # A gradient is rounded to its dtype once, at the end.
+    # A gradient is rounded to its dtype once, at the end: here, and in the reference.
     for got, wanted, leaf in zip(gradients, exact_gradients, (problem.hidden, problem.weight), strict=True):
         assert got.dtype == leaf.dtype
-        assert relative_error(got, wanted) < 2e-5 + 0.505 * torch.finfo(leaf.dtype).eps
+        assert relative_error(got, wanted) < 2e-5 + 1.01 * torch.finfo(leaf.dtype).eps
 
 
 @pytest.mark.parametrize("upstream", [1.0, 1 / 3])

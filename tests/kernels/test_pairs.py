@@ -84,13 +84,12 @@ def compare(name: str, settings: dict[str, Any], reduction: str, all_outputs: bo
     for field in ("loss", *arguments["outputs"]):
         error = relative_error(getattr(output, field), getattr(exact, field))
         assert error < bound, f"{name}: {field} is off by {error}"
-    # In units of eps: rounded to its dtype once, and again as autograd adds the adversarial term's to it.
-    roundings = 2.0 if "perturbed_hidden" in arguments else 0.505
     for index, (got, wanted) in enumerate(zip(gradients, exact_gradients, strict=True)):
         assert got.dtype == wanted.dtype
         assert got.is_contiguous()
+        # Both are rounded to their dtype, once.
         error = relative_error(got, wanted)
-        assert error < bound + roundings * torch.finfo(got.dtype).eps, f"{name}: gradient {index} is off by {error}"
+        assert error < bound + 1.01 * torch.finfo(got.dtype).eps, f"{name}: gradient {index} is off by {error}"
 
 
 def test_every_argument_is_in_the_table() -> None:
