@@ -91,7 +91,8 @@ class Ranks:
         """Solves the part and compares loss, outputs and the gradients of `fields` under random upstream gradients:
         with the reference of the whole problem in float64, and bit by bit among ranks.
 
-        tolerance is relative to the largest value, and one rounding to a 16-bit dtype is allowed on top; atol is absolute, by default what the reference itself may be off.
+        tolerance is relative to the largest value, and one rounding to a 16-bit dtype is allowed on top; atol is
+        absolute, by default what the reference itself may be off.
         """
         nu = settings["loss"].nu if isinstance(settings.get("loss"), CompSum) else 0.0
         settings = {"perturbed_hidden": nu > 0.0, **settings}
