@@ -131,7 +131,7 @@ def test_trl_7266_more_than_2_31_logits() -> None:
 @pytest.mark.parametrize("shape", [(0,), (0, 4)])
 def test_liger_767_and_ml_cross_entropy_31_an_empty_weight_is_refused(shape: tuple[int, ...]) -> None:
     hidden, targets = torch.randn(2, 4), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"weight must be \(V, D\) with V at least 1, got shape \(0.*") as caught:
+    with pytest.raises(ValueError, match=r"weight must be \(V, D\) with V and D at least 1, got shape \(0.*") as caught:
         linear_cross_entropy(hidden, torch.empty(shape), targets)
     assert "\n" not in str(caught.value)
 
