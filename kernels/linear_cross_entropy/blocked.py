@@ -16,6 +16,7 @@ from torch import Tensor
 from .checks import host_sees
 from .gradient import Upstream
 from .sweep import Problem, Swept, Wanted, sweep
+from .types import Terms
 
 
 @dataclass
@@ -40,15 +41,28 @@ def reduced_loss(
     """
     formed = wanted if reduction != "none" else Wanted()
     swept = sweep(problem, formed, Upstream(loss=token_weights if any(formed) else None), outputs)
-    losses, counted = swept.losses, problem.targets != problem.terms.ignore_index
+    loss, scale = reduce(swept.losses, problem.targets, token_weights, problem.class_weights, problem.terms, reduction)
+    return Reduced(loss, swept, scale)
+
+
+def reduce(
+    values: Tensor,
+    targets: Tensor,
+    token_weights: Tensor | None,
+    class_weights: Tensor | None,
+    terms: Terms,
+    reduction: str,
+) -> tuple[Tensor, Tensor | None]:
+    """What a reduction makes of values by token (N,), 0 where ignored; and the scale that makes their weighted sum of
+    it, None for 1."""
     if token_weights is not None:
-        losses = losses * token_weights.to(losses.dtype).masked_fill(~counted, 0.0)
+        values = values * token_weights.to(values.dtype).masked_fill(targets == terms.ignore_index, 0.0)
     if reduction == "none":
-        return Reduced(losses, swept, None)
+        return values, None
     if reduction == "sum":
-        return Reduced(losses.sum(), swept, None)
-    scale = mean_scale(problem.targets, token_weights, problem.class_weights, problem.terms.ignore_index, problem.dtype)
-    return Reduced(losses.sum() * scale, swept, scale)
+        return values.sum(), None
+    scale = mean_scale(targets, token_weights, class_weights, terms.ignore_index, values.dtype)
+    return values.sum() * scale, scale
 
 
 def mean_scale(

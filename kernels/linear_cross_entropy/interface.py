@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .adversarial import margin_changes
-from .blocked import mean_scale
+from .blocked import reduce
 from .checks import check_perturbation, check_shard, check_targets, check_tensors, check_terms, refuse_forward_mode
 from .comp_sum import CompSum, CrossEntropy
-from .operator import loss_operator, shifted
+from .operator import flatten, loss_operator
 from .reference import reference_loss
 from .sweep import arithmetic_dtype
 from .types import IGNORE_INDEX, OUTPUTS, LossOutput, Reduction, Terms, VocabShard
@@ -200,8 +200,7 @@ def _reference(
         if moved is not None and shard.sequence_parallel:
             moved = whole_hidden(moved, shard)
         rows, weight, bias = gather_problem(rows, weight, bias, shard)
-    flat = shifted(targets, terms.shift, terms.ignore_index).reshape(-1)
-    weights = None if token_weights is None else shifted(token_weights, terms.shift, 0.0).reshape(-1)
+    flat, weights = flatten(targets, token_weights, terms)
     value, extras = reference_loss(rows, weight, bias, class_weights, flat, weights, terms, reduction, names, moved, nu)
     shaped = {name: output.reshape(targets.shape) for name, output in extras.items()}
     return value.reshape(targets.shape) if reduction == "none" else value, shaped
@@ -219,15 +218,8 @@ def _adversarial_part(
     shard: VocabShard,
 ) -> Tensor:
     """The change of the margins, weighted and reduced as the loss is."""
-    flat = shifted(targets, terms.shift, terms.ignore_index).reshape(-1)
-    weights = None if token_weights is None else shifted(token_weights, terms.shift, 0.0).reshape(-1)
+    flat, weights = flatten(targets, token_weights, terms)
     rows = hidden.reshape(-1, hidden.shape[-1])
     changes = margin_changes(rows, perturbed.reshape(rows.shape), weight, flat, terms, shard)
-    if weights is not None:
-        changes = changes * weights.to(changes.dtype).masked_fill(flat == terms.ignore_index, 0.0)
-    if reduction == "none":
-        return changes.reshape(targets.shape)
-    total = changes.sum()
-    if reduction == "mean":
-        total = total * mean_scale(flat, weights, class_weights, terms.ignore_index, changes.dtype)
-    return total
+    part, _ = reduce(changes, flat, weights, class_weights, terms, reduction)
+    return part.reshape(targets.shape) if reduction == "none" else part

@@ -119,11 +119,15 @@ def _problem(
     """Flattened and shifted; and the token weights."""
     shard = VocabShard.find(shard_key) if shard_key else VocabShard(0, len(weight), terms.vocab_size)
     check_shard(shard, weight)
-    targets = shifted(targets, terms.shift, terms.ignore_index).reshape(-1)
-    if token_weights is not None:
-        token_weights = shifted(token_weights, terms.shift, 0.0).reshape(-1)
+    targets, token_weights = flatten(targets, token_weights, terms)
     rows = hidden.reshape(-1, hidden.shape[-1])
     return Problem(rows, weight, bias, class_weights, targets, terms, shard), token_weights
+
+
+def flatten(targets: Tensor, token_weights: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor | None]:
+    """Both as (N,), after the shift."""
+    flat = shifted(targets, terms.shift, terms.ignore_index).reshape(-1)
+    return flat, None if token_weights is None else shifted(token_weights, terms.shift, 0.0).reshape(-1)
 
 
 def shifted(values: Tensor, shift: int, filling: float) -> Tensor:

@@ -160,6 +160,8 @@ def sweep(problem: Problem, wanted: Wanted, upstream: Upstream, outputs: Sequenc
     matrix = weight[: shard.columns].to(dtype)
     offsets = None if problem.bias is None else problem.bias[: shard.columns].to(dtype)
     class_weights = None if problem.class_weights is None else problem.class_weights.to(dtype)
+    if class_weights is not None:
+        own_classes = class_weights[shard.start : shard.start + shard.columns], class_weights.sum()
     names = {*outputs, *(name for name, value in upstream._asdict().items() if value is not None)}
 
     count = len(tokens.targets)
@@ -181,8 +183,7 @@ def sweep(problem: Problem, wanted: Wanted, upstream: Upstream, outputs: Sequenc
         chosen, labels = tokens.take(hidden, rows, dtype), label_columns[rows, None]
         classes = None
         if class_weights is not None:
-            own = class_weights[shard.start : shard.start + shard.columns]
-            classes = ClassWeights(own, class_weights.sum(), class_weights[tokens.targets[rows, None]])
+            classes = ClassWeights(*own_classes, class_weights[tokens.targets[rows, None]])
         here = buffers.of(len(chosen))
         write_logits(chosen, matrix, offsets, terms, here)
         mine_here = None if mine is None else mine[rows, None]
