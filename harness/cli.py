@@ -7,20 +7,32 @@ import argparse
 import difflib
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from harness import __version__
+from harness import __version__, stop
 from harness.config.errors import ConfigError, HarnessError
 
 if TYPE_CHECKING:
     from harness.settings import Settings
 
-Verb = Callable[[str, Sequence[str]], None]
+Verb = Callable[..., int | None]
+"""What it returns is the exit status; None is 0."""
+
+CHECKPOINT_ACTIONS = {
+    "list": "a line a checkpoint, oldest first: when, how large, by which layout, whole or not",
+    "show": "what a checkpoint holds: its state, and a table of its tensors",
+    "latest": "the step of the newest good checkpoint, or an empty line",
+    "path": "the run folder",
+    "verify": "read every byte; exit status 1 where anything is damaged",
+    "prune": "delete what checkpoint.keep_last, keep_every_steps and keep_best do not keep; of a run at rest",
+}
 
 
 def config(target: str, overrides: Sequence[str]) -> None:
@@ -40,7 +52,7 @@ def tokenize(target: str, overrides: Sequence[str]) -> None:
     print("\n".join(prepare(settings.data).summary()))
 
 
-def train(target: str, overrides: Sequence[str]) -> None:
+def train(target: str, overrides: Sequence[str]) -> int:
     """train, or go on training, a model"""
     from harness.train import train as run
 
@@ -48,7 +60,7 @@ def train(target: str, overrides: Sequence[str]) -> None:
         raise ConfigError(
             f"{target}: a run goes on from its newest checkpoint; give the run folder, {Path(target).parents[1]}"
         )
-    run(load_settings(target, overrides))
+    return 0 if run(load_settings(target, overrides)).stopped_by is None else stop.EXIT_RESUME
 
 
 def evaluate(target: str, overrides: Sequence[str]) -> None:
@@ -69,7 +81,48 @@ def generate(target: str, overrides: Sequence[str]) -> None:
         print(settings.generate.prompt + text)
 
 
-def doctor(target: str, overrides: Sequence[str]) -> None:
+def checkpoint(
+    action: str,
+    target: str,
+    overrides: Sequence[str],
+    *,
+    step: int | None = None,
+    as_json: bool = False,
+    dry_run: bool = False,
+) -> int:
+    """list, show, verify or prune a run's checkpoints"""
+    from harness.checkpoint import CheckpointStore, Retention, inspection
+    from harness.runs import RunFolder
+
+    folder, named = checkpoints_folder(target, overrides)
+    store, step = CheckpointStore(folder), named if step is None else step
+    good = True
+    if action == "path":
+        print(folder.parent)
+    elif action == "latest":
+        newest = store.latest_good()
+        print("" if newest is None else newest)
+    elif action == "list":
+        print(inspection.list_steps(store, as_json=as_json))
+    elif action == "show":
+        print(inspection.show_step(store, step, as_json=as_json))
+    elif action == "verify":
+        for line, whole in inspection.verify_steps(store, step):
+            print(line, flush=True)
+            good = good and whole
+    else:
+        if not folder.is_dir():
+            raise HarnessError(f"{folder}: no such folder, so nothing to prune; give a run that has checkpoints")
+        section = load_settings(str(folder.parent) if Path(target).is_dir() else target, overrides).checkpoint
+        retention = Retention(section.keep_last, section.keep_every_steps, section.keep_best)
+        # Refused while a run is writing there.
+        with nullcontext() if dry_run else RunFolder(folder.parent, tensorboard=False):
+            text, good = inspection.prune_steps(store, retention, dry_run=dry_run)
+        print(text)
+    return 0 if good else 1
+
+
+def doctor() -> None:
     """what this machine has, and what is missing for what"""
     from harness.plan import diagnose
 
@@ -81,6 +134,7 @@ VERBS: dict[str, Verb] = {
     "tokenize": tokenize,
     "evaluate": evaluate,
     "generate": generate,
+    "checkpoint": checkpoint,
     "config": config,
     "doctor": doctor,
 }
@@ -126,6 +180,29 @@ def run_folder(target: str, settings: Settings) -> Path:
     return Path(target) if Path(target).is_dir() else Path(settings.run.folder) / settings.run.name
 
 
+def checkpoints_folder(target: str, overrides: Sequence[str]) -> tuple[Path, int | None]:
+    """The folder of the checkpoints that a target means, and the step where it is the folder of one.
+
+    Of a folder no configuration is read, unless there are overrides to check: looking at checkpoints must not need one.
+    """
+    path = Path(target)
+    if not path.is_dir():
+        return run_folder(target, load_settings(target, overrides)) / "checkpoints", None
+    place = path if path.parent.name else path.resolve()  # ".", or beside what has no name here
+    step = re.fullmatch(r"step-(\d{8,})", place.name)
+    if step:
+        folder = place.parent
+    elif place.name == "checkpoints":
+        folder = place
+    else:
+        folder = place / "checkpoints"
+        if not folder.is_dir():
+            config_file(target)  # refuses what is no run folder; one that has no checkpoints yet is fine
+    if overrides:
+        load_settings(str(folder.parent), overrides)
+    return folder, int(step[1]) if step else None
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line: one sub-command a verb."""
     parser = argparse.ArgumentParser(prog="harness", description="Pretrain and study language models.")
@@ -134,31 +211,65 @@ def build_parser() -> argparse.ArgumentParser:
     for name, verb in VERBS.items():
         summary = (verb.__doc__ or "").strip()
         command = verbs.add_parser(name, help=summary, description=summary)
-        if verb is doctor:
-            continue
-        command.add_argument(
-            "config", help="a YAML file, a run folder, or the name of an embedded configuration: quickstart"
-        )
-        command.add_argument(
-            "overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's"
-        )
+        if verb is checkpoint:
+            _add_checkpoint_actions(command)
+        elif verb is not doctor:
+            _add_target(command, "a YAML file, a run folder, or the name of an embedded configuration: quickstart")
     return parser
+
+
+def _add_checkpoint_actions(command: argparse.ArgumentParser) -> None:
+    actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for action, summary in CHECKPOINT_ACTIONS.items():
+        parser = actions.add_parser(action, help=summary, description=summary)
+        _add_target(parser, "a run folder, the folder of one checkpoint, a YAML file, or an embedded configuration")
+        if action in ("list", "show"):
+            parser.add_argument("--json", action="store_true", dest="as_json", help="for programs")
+        if action in ("show", "verify"):
+            which = "the newest good one" if action == "show" else "all"
+            parser.add_argument("--step", type=int, help=f"which checkpoint; default: {which}")
+        if action == "prune":
+            parser.add_argument("--dry-run", action="store_true", help="say what would be deleted, delete nothing")
+
+
+def _add_target(command: argparse.ArgumentParser, meaning: str) -> None:
+    command.add_argument("target", metavar="config", help=meaning)
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
+
+
+def parse(arguments: Sequence[str] | None) -> dict[str, Any]:
+    """The verb and its arguments, by name. Overrides may also stand behind an option, where argparse sees no place."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [argument for argument in rest if argument.startswith("-") or not hasattr(options, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    values = vars(options)
+    return {**values, "overrides": [*values["overrides"], *rest]} if "overrides" in values else values
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; bad input is one line on stderr and exit status 2."""
-    options = build_parser().parse_args(arguments)
+    if arguments is None:  # this process is ours
+        stop.install()
+    options = parse(arguments)
+    verb = options.pop("verb")
     try:
-        if options.verb != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
+        if verb != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
             raise HarnessError("runs on one process; start it without torchrun, whatever layout trained the model")
-        VERBS[options.verb](getattr(options, "config", ""), getattr(options, "overrides", []))
+        with nullcontext() if verb == "train" else stop.raising():  # training looks after itself
+            return VERBS[verb](**options) or 0
+    except stop.StopRequested as error:
+        if not said_elsewhere(error):
+            print(f"harness {verb}: stopped by {this_rank()}{error}; the same command goes on", file=sys.stderr)
+        return stop.EXIT_RESUME
     except HarnessError as error:
         if not said_elsewhere(error):
-            print(f"harness {options.verb}: error: {this_rank()}{error}", file=sys.stderr)
+            print(f"harness {verb}: error: {this_rank()}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         if not said_elsewhere(error):
-            print(f"harness {options.verb}: interrupted", file=sys.stderr)
+            print(f"harness {verb}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `harness config ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -168,13 +279,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         reason = error.strerror or type(error).__name__
         if not said_elsewhere(error):
-            print(f"harness {options.verb}: error: {this_rank()}{error.filename}: {reason}", file=sys.stderr)
+            print(f"harness {verb}: error: {this_rank()}{error.filename}: {reason}", file=sys.stderr)
         return 2
     except Exception as error:
         if said_elsewhere(error):
             return 1
         raise
-    return 0
 
 
 def said_elsewhere(error: BaseException) -> bool:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from harness.callbacks import CheckpointSection, ValidationSection
+from harness.callbacks import CheckpointSection, FaultsSection, ValidationSection
 from harness.config import ConfigError, Section
 from harness.data import DataSection
 from harness.evaluate import EvaluateSection, GenerateSection, SummarySection
@@ -46,6 +46,11 @@ class TrainSection(Section):
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: go on from the run's newest good checkpoint if there is one. never: refuse a run folder that was used.
     must: refuse to start without a checkpoint."""
+
+    init_from: str | None = None
+    """A run or checkpoint folder to begin with the weights of: step 0, new optimizer, own data and schedule. The
+    model's shape and the tokenizer must be the same. Without effect where the run goes on from a checkpoint of its own: that is
+    a resume, which takes everything. null: new weights."""
 
     dry_run: bool = False
     """Train nothing: lay the job out on this one process and print what the rank that `dry_run` names would be and
@@ -95,6 +100,8 @@ class Settings(Section):
     """Held-out loss during training."""
     checkpoint: CheckpointSection = CheckpointSection()
     """When to save and what to keep."""
+    faults: FaultsSection = FaultsSection()
+    """Bad steps and hung runs."""
     summary: SummarySection = SummarySection()
     """What is printed after the last step."""
     evaluate: EvaluateSection = EvaluateSection()

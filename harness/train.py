@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from harness.callbacks import Callback, Saving, Validation
+from harness import stop
+from harness.callbacks import KINDS, Callback, Fault, FaultError, FaultJudge, Interrupted, Saving, Validation
 from harness.checkpoint import CheckpointStore
 from harness.config import HarnessError, dump_yaml, plain
-from harness.data import Batch, Prepared, TokenStream, open_prepared, prepare_for_training
+from harness.data import Batch, TokenStream
 from harness.evaluate import Summary
 from harness.model import build_decoder, count_parameters, flops_per_token, initialise_masters
 from harness.optim import build_adamw, learning_rate
-from harness.parallel import ParallelLayout, Peak, build_divider, build_engine, memory_bytes, peak_flops
+from harness.parallel import ParallelLayout, Peak, Verdict, build_divider, build_engine, memory_bytes, peak_flops
 from harness.plan import print_dry_run
 from harness.runs import FILE_ONLY, Progress, RunFolder, configure_logging
 from harness.settings import Settings
+from harness.start import (
+    check_resume,
+    compare_settings,
+    load_weights,
+    newest_verified,
+    open_run,
+    prepare,
+    starting_step,
+)
 
 logger = logging.getLogger("harness.train")
-
-
-MAY_CHANGE = {"model.dropout", "model.init_std", "model.position_init_std", "model.scale_residual_init"}
-"""Keys of the model that a resume may change: they do not touch what the trained weights compute."""
-
-
-class NonFiniteError(HarnessError):
-    """A loss or gradient that is not a number, found before the optimizer step."""
 
 
 @dataclass(frozen=True)
@@ -43,29 +48,33 @@ class TrainResult:
     folder: Path
     step: int
     record: dict[str, Any] | None
+    stopped_by: str | None = None
+    """The signal that asked the run to stop: it is saved, and the same call goes on. None: all steps are done."""
 
 
 def train(settings: Settings, callbacks: Sequence[Callback] = ()) -> TrainResult:
     """Train what `settings` describe, from the beginning or from the run's newest good checkpoint.
 
-    `callbacks` run after the configured ones. Raises HarnessError for bad input and NonFiniteError before a bad step.
+    `callbacks` run after the configured ones. Raises HarnessError for bad input, FaultError before a bad step, and
+    StopRequested where a signal (harness.stop) comes before the first step; one that comes later is in the result.
     """
     if settings.train.dry_run:
         print_dry_run(settings)
         return TrainResult(settings.run.path, 0, None)
-    with (
-        ParallelLayout(settings.parallel) as layout,
-        open_run(settings, layout) as run,
-    ):
-        _compare_settings(settings, layout)
-        configure_logging(run.log_file, silent_as=str(layout.identity) if layout.rank > 0 else None)
-        trainer = Trainer(settings, layout, run, callbacks)
-        layout.on_end(lambda reason: _note_end(run, trainer.step, reason))
+    with ExitStack() as stack:
+        with stop.raising():
+            layout = stack.enter_context(ParallelLayout(settings.parallel))
+            run = stack.enter_context(open_run(settings, layout))
+            compare_settings(settings, layout)
+            configure_logging(run.log_file, silent_as=str(layout.identity) if layout.rank > 0 else None)
+            layout.watchdog.stacks_file = run.path / "ranks" / f"rank-{layout.rank:05d}.stacks"
+            trainer = Trainer(settings, layout, run, callbacks)
+        layout.on_end(lambda verdict: _note_end(run, trainer.step, verdict))
         try:
             return trainer.fit()
         except (KeyboardInterrupt, Exception) as error:
             layout.await_verdict(error)
-            layout.on_end(lambda reason: None)  # this rank's own reason is the one on record
+            layout.on_end(lambda verdict: None)  # this rank's own reason is the one on record
             interrupted = isinstance(error, KeyboardInterrupt)
             reason = "interrupted" if interrupted else f"{type(error).__name__}: {error}"
             run.log_event("stopped", step=trainer.step, reason=reason)
@@ -82,12 +91,17 @@ class Trainer:
     ) -> None:
         self.layout, self.run = layout, run
         self.step, self.tokens_seen = 0, 0
-        self.store = CheckpointStore(run.checkpoints, layout.rank, layout.world_size, agree=layout.all_agree)
+        self.stopped_by: str | None = None
+        self._record: dict[str, Any] = {}  # of the last completed step
+        self._unfinished: dict[str, Any] | None = None  # the record of a step that callbacks have not finished
+        self._first_samples: dict[int, int] = {}  # of the last steps: where each began in the stream
+        self._channel = layout.channel()
+        self.store = CheckpointStore(run.checkpoints, layout.rank, layout.world_size, add_up=self._channel.add_up)
         self.micro_batch = settings.train.micro_batch_on(layout.data_size)
         settings.check_sequences(layout.section)
         settings.model.check_divides(layout.tensor_size)  # all of this before the first text is read
-        start = layout.first_decides(lambda: _starting_step(settings, run, self.store))
-        self.prepared = _prepare(settings, layout)
+        start = starting_step(settings, run, self.store, layout, self._channel)
+        self.prepared = prepare(settings, layout)
         self.settings = settings = settings.resolved(self.prepared.tokenizer.vocab_size)
         self.total_steps = settings.train.steps
         self.stream = TokenStream(self.prepared, settings.data, seed=settings.train.seed)
@@ -109,52 +123,77 @@ class Trainer:
             self.model.placements(),
             layout,
         )
-        if start is None and settings.train.precision == "bf16" and layout.section.zero_stage > 0:
-            initialise_masters(self.engine.fragments(), settings.model, settings.train.seed)
+        self.judge = FaultJudge(settings.faults)
+        self.saving = Saving(settings.checkpoint, self.store, layout, run)
         validation = Validation(settings.validation, settings.data, self.prepared, layout)
         self.callbacks: list[Callback] = [
             validation,
             Summary(settings.summary, validation),
             *callbacks,
-            Saving(settings.checkpoint),  # last, so that a checkpoint has what the others did in this step
+            self.saving,  # last, so that a checkpoint has what the others did in this step
         ]
         self._flops_per_token = flops_per_token(settings.model, settings.data.sequence_length)
         dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
         peak = layout.first_decides(lambda: vars(peak_flops(layout.device, dtype)))
         self._peak = Peak(**peak)
-
-        if start is not None:
-            self._load(start)
-        self._open_run(start)
+        self._begin(start)
 
     # ---- the loop --------------------------------------------------------------------------------------------------
 
     def fit(self) -> TrainResult:
-        """Run the remaining steps."""
+        """Run the remaining steps, or as many as a signal leaves."""
         record: dict[str, Any] | None = None
         self._call("before_training")
+        if self.settings.faults.hung_after_seconds is not None:
+            self.layout.watchdog.arm(self.settings.faults.hung_after_seconds)
         with Progress(self.total_steps, self.step, self.settings.run.log_every_steps) as progress:
-            while self.step < self.total_steps:
+            if self._unfinished is not None:
+                record = self._finish_step(self._unfinished)
+            while self.stopped_by is None and self.step < self.total_steps:
                 record = self.advance()
                 progress.update(record)
-        self.run.log_event("finished", step=self.step)
-        self._call("after_training")
-        return TrainResult(self.run.path, self.step, record)
+        if self.stopped_by is not None:
+            self._stop()
+        else:
+            self.saving.finish(self.step, self.save)
+            self.run.log_event("finished", step=self.step)
+        self.layout.watchdog.disarm()
+        if self.stopped_by is None:
+            try:
+                self._call("after_training")
+            except Interrupted:
+                logger.info("stopped by %s before the summary; the same command gives it", self.stopped_by)
+        return TrainResult(self.run.path, self.step, record, self.stopped_by)
 
     def advance(self) -> dict[str, Any]:
-        """One step and everything that belongs to it; its record, as it stands in metrics.jsonl."""
-        record = self._train_step()
+        """One step and everything that belongs to it; its record, as it stands in metrics.jsonl.
+
+        A step that is rolled back is followed by those that come in its place, up to the first good one.
+        """
+        record = None
+        while record is None:
+            record = self._train_step()
         self.step = record["step"]
-        self._call("after_step", record)
+        self.layout.watchdog.alive(f"step {self.step}")
+        return self._finish_step(record)
+
+    def _finish_step(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The callbacks' part of a step whose weights are updated, and its line in metrics.jsonl."""
+        self._unfinished = dict(record)
+        try:
+            self._call("after_step", record)
+        except Interrupted:
+            return self._unfinished
+        self._record, self._unfinished = record, None
         self.run.log_metrics(record["step"], record)
         self._call("after_record", record)
         return record
 
-    def _train_step(self) -> dict[str, Any]:
-        """One optimizer step; its record."""
+    def _train_step(self) -> dict[str, Any] | None:
+        """One optimizer step; its record. None where the run was rolled back in its place."""
         started = time.perf_counter()
         step, train = self.step + 1, self.settings.train
-        first_sample = self.stream.consumed_samples
+        self._remember_sample(step)
         batches = self.stream.read(
             train.global_batch_size, self.micro_batch, self.layout.data_rank, self.layout.data_size
         )
@@ -173,10 +212,14 @@ class Trainer:
         rate = learning_rate(self.settings.schedule, self.settings.optimizer.learning_rate, step, self.total_steps)
         # The one wait for the device in a step: whether to take the step is decided here, before anything changes.
         loss, norm = torch.stack([loss_sum / tokens, self.engine.grad_norm()]).tolist()
-        self._check_finite(step, first_sample, loss, norm)
-        if self.settings.optimizer.clip_norm is not None:
-            self.engine.clip(self.settings.optimizer.clip_norm)
-        self.engine.step(rate)
+        fault = self._agree(step, loss, norm)
+        if fault is None:
+            if self.settings.optimizer.clip_norm is not None:
+                self.engine.clip(self.settings.optimizer.clip_norm)
+            self.engine.step(rate)
+            self.judge.accept(loss, norm)
+        elif not self._handle(fault, step):
+            return None
 
         seconds = time.perf_counter() - started
         positions = train.global_batch_size * self.settings.data.sequence_length
@@ -195,6 +238,7 @@ class Trainer:
             "memory_bytes": memory_bytes(self.layout.device),
             "data_wait_seconds": waited,
             "step_seconds": seconds,
+            **({} if fault is None else {"skipped": 1}),
         }
 
     def _backward(self, batch: Batch, tokens: int, *, last: bool) -> Tensor:
@@ -204,64 +248,143 @@ class Trainer:
         self.engine.backward(loss, tokens, last=last)
         return loss.detach()
 
-    def _check_finite(self, step: int, first_sample: int, loss: float, norm: float) -> None:
-        for what, value in (("loss", loss), ("gradient norm", norm)):
-            if not math.isfinite(value):
-                raise NonFiniteError(
-                    f"step {step}: the {what} is {value}; stopped before the optimizer step, so weights are those of "
-                    f"step {step - 1}. Lower optimizer.learning_rate, or look at samples {first_sample} to "
-                    f"{self.stream.consumed_samples - 1} of the stream"
-                )
+    # ---- what all ranks decide together ----------------------------------------------------------------------------
+
+    def _agree(self, step: int, loss: float, norm: float) -> Fault | None:
+        """What is wrong with this step, on any rank; takes note of signals and of failed saves on any rank as well."""
+        fault = self.judge.judge(loss, norm)
+        number = 0 if fault is None else 1 + KINDS.index(fault.kind)
+        worst, asked, save_failed = self.layout.all_max(
+            [number, stop.requested() is not None, self.saving.has_failed()]
+        )
+        if asked:
+            self.stopped_by = stop.requested() or "a signal to another rank"
+        if save_failed:
+            self.saving.settle(step)
+        self.saving.take_note(step)
+        if worst == number:
+            return fault
+        return Fault(KINDS[worst - 1], f"{KINDS[worst - 1]}, seen by another rank")
+
+    def check_in(self, what: str) -> None:
+        """See TrainerView."""
+        self.layout.watchdog.alive(what)
+        if self.layout.all_max([stop.requested() is not None])[0]:
+            self.stopped_by = stop.requested() or "a signal to another rank"
+            raise Interrupted(what)
+
+    def _handle(self, fault: Fault, step: int) -> bool:
+        """Skip this step (True), or roll back (False), or raise FaultError: as the policy says."""
+        policy, samples = self.judge.decide(fault), (self._first_samples[step], self.stream.consumed_samples)
+        details = {"kind": fault.kind, "reason": fault.reason, "samples": list(samples)}
+        self.engine.skip()
+        if policy == "skip":
+            self.run.log_event("skipped", step=step, **details)
+            logger.warning("step %d is skipped: %s", step, fault.reason)
+            return True
+        if policy == "rollback":
+            back = self.settings.faults.rollback_steps
+            target = newest_verified(self.store, self.layout, self._channel, before=step - back + 1)
+            if target is not None:
+                self._roll_back(target, step, details)
+                return False
+            fault = Fault(fault.kind, f"{fault.reason}, and there is no checkpoint {back} steps back to roll back to")
+        if self.judge.decisions >= self.settings.faults.most:
+            fault = Fault(fault.kind, f"{fault.reason}, after {self.judge.decisions} skips and rollbacks (faults.most)")
+        raise FaultError(
+            f"step {step}: {fault.reason}; stopped before the optimizer step, so weights are those of step "
+            f"{step - 1}. Lower optimizer.learning_rate, or look at samples {samples[0]} to {samples[1] - 1} of the "
+            f"stream"
+        )
+
+    def _roll_back(self, target: int, step: int, details: dict[str, Any]) -> None:
+        """Go back to step `target`, and from there on without the samples of the last steps up to `step`."""
+        first = max(step - self.settings.faults.rollback_steps + 1, min(self._first_samples))
+        window = self._first_samples[first], self.stream.consumed_samples
+        skipped = [*self.stream.state_dict()["skipped"], window]
+        self.saving.settle(step)
+        abandoned = [later for later in self.store.steps() if later > target]
+        self._restore(self.store.read_state(target), keep_decisions=True)
+        for start, end in skipped:
+            self.stream.skip(start, end)
+        self.run.resume_at(target)
+        self.run.log_event("rolled_back", step=step, to_step=target, skipped_samples=list(window), **details)
+        logger.warning("step %d: %s; rolled back to step %d", step, details["reason"], target)
+        # Saved again with what was decided, so that a resume decides the same; then the steps that are void may go.
+        self.save(abandoned)
+
+    def _stop(self) -> None:
+        """Commit what is done and say so."""
+        if self.step > 0:
+            if self.saving.last_step != self.step:
+                self.save()
+            self.saving.finish(self.step, self.save)
+        self.run.log_event("stopped", step=self.step, reason=f"asked to by {self.stopped_by}")
+        logger.info("stopped by %s after step %d, which is saved; the same command goes on", self.stopped_by, self.step)
 
     # ---- saving and starting ---------------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Commit a checkpoint of the last completed step, then drop those that are no longer to be kept."""
+    def save(self, abandoned: Sequence[int] = ()) -> None:
+        """Begin a checkpoint of the last completed step, once the one before is written; once it is committed, the
+        `abandoned` steps and those that are no longer to be kept are deleted."""
+        scored = self._record.get("step") == self.step and math.isfinite(self._record.get("validation_loss", math.nan))
         state = {
             "step": self.step,
+            "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "layout": self.layout.axes,
+            "validation_loss": self._record["validation_loss"] if scored else None,
             "tokens_seen": self.tokens_seen,
             "stream": self.stream.state_dict(),
+            "first_samples": [list(pair) for pair in self._first_samples.items()],
+            "faults": self.judge.state_dict(),
+            # As text: a loss may be no number, which JSON does not know.
+            "unfinished": None if self._unfinished is None else json.dumps(self._unfinished),
             "callbacks": {callback.name: callback.state_dict() for callback in self.callbacks},
             "tokenizer": self.prepared.tokenizer.fingerprint,
             "settings": plain(self.settings),
         }
         self.run.sync()  # a checkpoint must not outlive the records that lead up to it
-        self.store.save(self.step, self.engine.fragments(owned=True), state)
-        self.run.log_event("saved", step=self.step)
-        keep = self.settings.checkpoint.keep_last
-        if keep is not None:
-            for step in self.store.steps()[:-keep] if self.layout.rank == 0 else ():
-                self.store.delete(step)
+        self.saving.begin(self.step, self.engine.fragments(owned=True), state, abandoned)
 
     def close(self) -> None:
-        """Stop background work."""
+        """Wait for what is being written, and stop background work."""
+        self.saving.close()
         self.stream.close()
 
-    def _load(self, step: int) -> None:
-        state = self.store.read_state(step)
-        changes = _changes(state["settings"], plain(self.settings))
-        may_change = MAY_CHANGE | ({"model.max_positions"} if self.settings.model.positions == "rope" else set())
-        lines = {key: f"{key}: was {before}, now {now}" for key, (before, now) in changes.items()}
-        refused = [line for key, line in lines.items() if key.startswith("model.") and key not in may_change]
-        if state["tokenizer"] != self.prepared.tokenizer.fingerprint:
-            refused.append("data.tokenizer: another tokenizer")
-        if state["step"] > self.total_steps:
-            refused.append(f"train.steps: {self.total_steps} is less than the {state['step']} steps that are done")
-        if refused:
-            raise HarnessError(
-                f"{self.store.folder}: step {step} cannot be resumed: {'; '.join(refused)}. Set these back, or choose "
-                f"another run.name"
-            )
-        self.store.load(step, into=self.engine.fragments(), verify=False)  # found good by _starting_step
+    def _begin(self, start: int | None) -> None:
+        """The state to begin with: the run's own checkpoint, another run's weights, or new ones."""
+        settings, tokenizer = self.settings, self.prepared.tokenizer.fingerprint
+        origin: dict[str, Any] = {}
+        if start is not None:
+            state = self.store.read_state(start)
+            for line in check_resume(state, settings, tokenizer, f"{self.store.folder}: step {start}"):
+                logger.info("resumed with a change: %s", line)
+            self._restore(state)
+            self.saving.last_step = start
+            if state.get("unfinished") is not None:
+                self._unfinished = json.loads(state["unfinished"])
+        elif settings.train.init_from is not None:
+            origin = load_weights(self.engine, settings, tokenizer, self.layout, self._channel)
+        elif settings.train.precision == "bf16" and self.layout.section.zero_stage > 0:
+            initialise_masters(self.engine.fragments(), settings.model, settings.train.seed)
+        self._open_run(start, origin)
+
+    def _restore(self, state: dict[str, Any], *, keep_decisions: bool = False) -> None:
+        """Everything as it was when `state` was saved; its files were verified already."""
+        self.store.load(state["step"], into=self.engine.fragments(), verify=False)
         self.engine.refresh_weights()
         self.stream.load_state_dict(state["stream"])
         self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+        self._first_samples = dict(state.get("first_samples", []))
+        self.judge.load_state_dict(state.get("faults", {}), keep_decisions=keep_decisions)
         for callback in self.callbacks:
             callback.load_state_dict(state["callbacks"].get(callback.name, {}))
-        for line in lines.values():
-            logger.info("resumed with a change: %s", line)
 
-    def _open_run(self, start: int | None) -> None:
+    def _remember_sample(self, step: int) -> None:
+        self._first_samples[step] = self.stream.consumed_samples
+        self._first_samples.pop(step - self.settings.faults.rollback_steps, None)
+
+    def _open_run(self, start: int | None, origin: dict[str, Any]) -> None:
         """Write what the run is into its folder and say it."""
         settings, counts = self.settings, count_parameters(self.settings.model)
         details = {
@@ -275,9 +398,10 @@ class Trainer:
         }
         # A run that was ended before its first checkpoint begins again: what it recorded is set aside, not lost.
         begun_before = self.run.existing() is not None
-        self.run.begin(dump_yaml(settings), resume_at=self.step if begun_before else None, details=details)
+        recorded = self.step if self._unfinished is None else self.step - 1
+        self.run.begin(dump_yaml(settings), resume_at=recorded if begun_before else None, details=details | origin)
         self.prepared.tokenizer.save(self.run.path / "tokenizer")
-        self.run.log_event("started" if start is None else "resumed", step=self.step)
+        self.run.log_event("started" if start is None else "resumed", step=self.step, **origin)
         logger.info(
             "%s: %.2f M parameters (%.2f M in the blocks), %d steps of %d tokens, %s on %s",
             self.run.path,
@@ -298,73 +422,7 @@ class Trainer:
             getattr(callback, hook)(self, *arguments)
 
 
-def open_run(settings: Settings, layout: ParallelLayout) -> RunFolder:
-    """The run's folder, which rank 0 writes; the others write their log. Rank 0 makes it before anyone looks."""
-
-    def make(rank: int) -> RunFolder:
-        return RunFolder(settings.run.path, tensorboard=settings.run.tensorboard, rank=rank)
-
-    run: RunFolder | None = None
-
-    def first() -> None:
-        nonlocal run
-        run = make(0)
-
-    layout.first_decides(first)
-    return run if run is not None else make(layout.rank)
-
-
-def _note_end(run: RunFolder, step: int, reason: str) -> None:
-    """Put down why this process is ended because of another rank: in the events, and in this rank's log."""
-    run.log_event("stopped", step=step, reason=reason)
-    logger.info("ended after step %d: %s", step, reason, extra=FILE_ONLY)
-
-
-def _compare_settings(settings: Settings, layout: ParallelLayout) -> None:
-    """Raises HarnessError where a rank was started with other settings than rank 0: its collectives would not meet."""
-    mine = plain(settings)
-    differences = _changes(layout.first_decides(lambda: mine), mine)
-    if differences:
-        said = "; ".join(f"{key}: there {first}, here {here}" for key, (first, here) in differences.items())
-        raise HarnessError(f"other settings than rank 0's ({said}); start every machine with the same configuration")
-
-
-def _prepare(settings: Settings, layout: ParallelLayout) -> Prepared:
-    """The tokenized corpora: rank 0 makes what is missing while the others wait."""
-    prepared: Prepared | None = None
-
-    def first() -> None:
-        nonlocal prepared
-        prepared = prepare_for_training(settings.data)
-
-    layout.first_decides(first)
-    return prepared if prepared is not None else open_prepared(settings.data)
-
-
-def _starting_step(settings: Settings, run: RunFolder, store: CheckpointStore) -> int | None:
-    """The step to resume from, or None to begin; refuses what `train.resume` refuses, before anything is touched."""
-    resume = settings.train.resume
-    if run.checkpoints.exists() and not run.checkpoints.is_dir():
-        raise HarnessError(f"{run.checkpoints}: is a file, and checkpoints go into a folder of that name; move it away")
-    if resume == "never":
-        if run.existing() is not None or store.steps():
-            raise HarnessError(
-                f"{run.path}: holds a run already; choose another run.name, delete it, or set train.resume=auto"
-            )
-        return None
-    newest = store.latest_good(verify=True)
-    if newest is None and resume == "must":
-        raise HarnessError(f"{store.folder}: no good checkpoint to resume from, and train.resume is must")
-    return newest
-
-
-def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """The keys whose values differ, each with both."""
-    values: dict[str, tuple[Any, Any]] = {}
-    for key in [*old, *(key for key in new if key not in old)]:
-        before, after, name = old.get(key), new.get(key), prefix + key
-        if isinstance(before, dict) and isinstance(after, dict):
-            values |= _changes(before, after, name + ".")
-        elif before != after:
-            values[name] = before, after
-    return values
+def _note_end(run: RunFolder, step: int, verdict: Verdict) -> None:
+    """Put down why this process is ended by another thread than the loop's: in the events, and in this rank's log."""
+    run.log_event("stopped", step=step, reason=verdict.text)
+    logger.info("ended after step %d: %s", step, verdict.text, extra=FILE_ONLY)

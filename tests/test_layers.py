@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"kernels", "config", "disk"},
+    {"kernels", "config", "disk", "stop"},
     {"parallel"},
     {"optim"},
     {"model"},
@@ -16,8 +16,9 @@ LAYERS = [
     {"evaluate", "convert", "plan"},
     {"selection", "normfree", "scaling"},
     {"settings"},
+    {"start"},
     {"train"},
-    {"cli"},
+    {"cli", "launcher"},
     {"__main__"},
 ]
 HEIGHT = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}

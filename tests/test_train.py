@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from harness import runs
-from harness.callbacks import Callback, TrainerView
+from harness.callbacks import Callback, FaultError, TrainerView
 from harness.checkpoint import CheckpointStore
 from harness.cli import main
 from harness.config import HarnessError
 from harness.settings import Settings
-from harness.train import NonFiniteError, train
+from harness.train import train
 from tests.small_run import small_settings
 
 MEASURED = {
@@ -153,7 +153,7 @@ class PoisonGradient(Callback):
 
 def test_a_bad_loss_stops_before_the_optimizer_step(tmp_path: Path) -> None:
     poison = Poison()
-    with pytest.raises(NonFiniteError, match=r"step 4: the loss is nan; stopped before the optimizer step"):
+    with pytest.raises(FaultError, match=r"step 4: the loss is nan; stopped before the optimizer step"):
         train(small_settings(tmp_path), [poison])
     for name, weight in poison.model.named_parameters():
         assert torch.equal(weight, poison.before[name]), name
@@ -164,7 +164,7 @@ def test_a_bad_loss_stops_before_the_optimizer_step(tmp_path: Path) -> None:
 
 
 def test_a_bad_gradient_stops_before_the_optimizer_step(tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteError, match="step 3: the gradient norm is nan"):
+    with pytest.raises(FaultError, match="step 3: the gradient norm is nan"):
         train(small_settings(tmp_path), [PoisonGradient()])
 
 

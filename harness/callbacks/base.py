@@ -36,7 +36,18 @@ class TrainerView(Protocol):
     def run(self) -> RunFolder: ...
 
     def save(self) -> None:
-        """Commit a checkpoint of the last completed step."""
+        """Begin a checkpoint of the last completed step."""
+
+    def check_in(self, what: str) -> None:
+        """To be called by all ranks between the pieces of long work; `what` has just been done: "validation batch 7".
+
+        Raises Interrupted on all of them where one was asked to stop.
+        """
+
+
+class Interrupted(BaseException):
+    """The run stops in the middle of what follows a step. The step itself is done; the callbacks' part of it, and its
+    record, are done again when the run goes on."""
 
 
 class Callback:

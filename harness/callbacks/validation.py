@@ -152,9 +152,16 @@ class Validation(Callback):
         if self._windows is None:
             return {}
         layout, table = trainer.layout, trainer.prepared.tokenizer.token_bytes()
-        self.last = score(trainer.model, self._windows, table, layout.device, add_up=layout.sum_over_data)
+        self.last = score(trainer.model, self._checked(trainer), table, layout.device, add_up=layout.sum_over_data)
         total = sum(self.last.values(), Score())
         columns = {"validation_loss": total.loss, "validation_bits_per_byte": total.bits_per_byte}
         if len(self.last) > 1:
             columns.update({f"validation_loss/{corpus}": result.loss for corpus, result in self.last.items()})
         return columns
+
+    def _checked(self, trainer: TrainerView) -> Iterator[tuple[str, Batch]]:
+        """The batches; every rank has equally many, so all of them look together whether the run is to stop."""
+        assert self._windows is not None
+        for number, item in enumerate(self._windows, 1):
+            trainer.check_in(f"validation batch {number}")
+            yield item

@@ -4,8 +4,24 @@ Tensors are known by logical name and global shape, never by the layout that wro
 Read store.py first (saving, finding, loading), then manifest.py (the format).
 """
 
-from .errors import CheckpointError
+from . import inspection
+from .errors import CannotWriteError, CheckpointError
 from .manifest import Manifest, StoredFile, StoredFragment, StoredTensor
+from .retention import Pruner, Retention
+from .saver import Saved, Saver
 from .store import CheckpointStore
 
-__all__ = ["CheckpointError", "CheckpointStore", "Manifest", "StoredFile", "StoredFragment", "StoredTensor"]
+__all__ = [
+    "CannotWriteError",
+    "CheckpointError",
+    "CheckpointStore",
+    "Manifest",
+    "Pruner",
+    "Retention",
+    "Saved",
+    "Saver",
+    "StoredFile",
+    "StoredFragment",
+    "StoredTensor",
+    "inspection",
+]

@@ -25,8 +25,8 @@ def make_folders(folder: Path) -> None:
         sync(place.parent)
 
 
-def plain_file_problem(path: Path, size: int) -> str | None:
-    """Why `path` is not a plain file of `size` bytes; None where it is.
+def plain_file_problem(path: Path, size: int | None = None) -> str | None:
+    """Why `path` is not a plain file (of `size` bytes, where given); None where it is.
 
     A link is refused: it would let a checkpoint reach out of its folder.
     """
@@ -36,6 +36,6 @@ def plain_file_problem(path: Path, size: int) -> str | None:
         return f"cannot be read ({error.strerror}): the checkpoint is damaged"
     if not stat.S_ISREG(status.st_mode):
         return "is not a plain file (a link, a folder or a device): a checkpoint holds its own files"
-    if status.st_size != size:
+    if size is not None and status.st_size != size:
         return f"has {status.st_size} bytes and the manifest says {size}: the file is damaged"
     return None

@@ -25,6 +25,8 @@ FORMAT: Final = "harness-checkpoint"
 VERSION: Final = 1
 MANIFEST: Final = "manifest.json"
 DIGEST: Final = "manifest.sha256"
+MAX_DEPTH: Final = 100
+"""Of what is kept as JSON: parsers give up at a depth of their own."""
 
 _Size = Annotated[int, Field(ge=0)]
 _Shape = tuple[_Size, ...]
@@ -116,19 +118,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_synced(folder / DIGEST, f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode())
 
 
-def read_manifest(folder: Path, step: int) -> Manifest:
+def read_manifest(folder: Path, step: int, *, check_files: bool = True) -> Manifest:
     """The manifest of `folder`, checked: digest, format, step, tiling of every tensor, presence and size of every file.
 
-    The tensors' own bytes are not read. Raises CheckpointError with one line that names the file.
+    The tensors' own bytes are not read; without `check_files` their files are not looked at. Raises CheckpointError
+    with one line that names the file.
     """
     path = folder / MANIFEST
-    try:
-        content = path.read_bytes()
-        digest_line = (folder / DIGEST).read_bytes()
-    except OSError as error:
-        raise CheckpointError(
-            f"{error.filename}: cannot be read ({error.strerror}): the checkpoint is damaged"
-        ) from None
+    content, digest_line = (_read_plain(folder / name) for name in (MANIFEST, DIGEST))
     if digest_line != f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode():
         raise CheckpointError(f"{path}: digest differs from {DIGEST}: one of the two files is damaged")
     _check_version(path, content)
@@ -136,52 +133,86 @@ def read_manifest(folder: Path, step: int) -> Manifest:
         manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{path}: {where}: {first['msg']}, got {str(first['input'])[:80]!r}") from None
+        where = "".join(f"{_printable(str(part))}." for part in first["loc"]).rstrip(".")
+        said = f"{where}: {first['msg']}, got {str(first['input'])[:80]!r}" if where else first["msg"]
+        raise CheckpointError(f"{path}: {said}") from None
     if manifest.step != step:
         raise CheckpointError(f"{path}: is of step {manifest.step}, but its folder says {step}: the folder was renamed")
     problem = _problem_inside(manifest)
     if problem:
         raise CheckpointError(f"{path}: {problem}")
-    for name, file in manifest.files.items():
+    try:
+        check_json(manifest.state, "state")
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    for name, file in manifest.files.items() if check_files else ():
         problem = plain_file_problem(folder / name, file.bytes)
         if problem:
             raise CheckpointError(f"{folder / name}: {problem}")
     return manifest
 
 
-def check_json(value: Any, path: str) -> None:
+def check_json(value: Any, path: str, depth: int = 0) -> None:
     """CheckpointError unless JSON gives `value` back as it is: no tuples, no keys but text, no NaN, nothing pickled."""
+    if depth > MAX_DEPTH:
+        raise CheckpointError(f"{path[:80]}...: is nested more than {MAX_DEPTH} deep: keep it flatter")
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
                 raise CheckpointError(f"{path}: the key {key!r} is not text: JSON would give back another key")
-            check_json(item, f"{path}.{key}")
+            _check_text(key, path)
+            check_json(item, f"{path}.{_printable(key)}", depth + 1)
     elif isinstance(value, list):
         for number, item in enumerate(value):
-            check_json(item, f"{path}.{number}")
+            check_json(item, f"{path}.{number}", depth + 1)
+    elif type(value) is str:
+        _check_text(value, path)
     elif type(value) is float:
         if not math.isfinite(value):
             raise CheckpointError(f"{path}: {value} is not a JSON number: use null, or keep it in a tensor")
-    elif value is not None and type(value) not in (str, int, bool):
+    elif value is not None and type(value) not in (int, bool):
         raise CheckpointError(
             f"{path}: {type(value).__name__} would not come back from JSON as it is: "
             "use a dictionary, list, text, number, true/false or null, or keep it in a tensor"
         )
 
 
+def _check_text(text: str, path: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{path}: {text[:80]!a} is not text in Unicode: a reader would refuse it") from None
+
+
+def _printable(text: str) -> str:
+    """`text` itself, or in quotes with escapes where it would break the line that it stands in."""
+    return text if text.isprintable() else ascii(text)
+
+
+def _read_plain(path: Path) -> bytes:
+    problem = plain_file_problem(path)
+    if problem:
+        raise CheckpointError(f"{path}: {problem}")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}): the checkpoint is damaged") from None
+
+
 def _problem_inside(manifest: Manifest) -> str | None:
     """Why the manifest cannot be right in itself; None where it can."""
     for key, tensor in manifest.tensors.items():
         kind, slash, name = key.partition("/")
-        if not (kind and slash and name):
-            return f"tensor {key!r} is not named kind/name"
+        if not (kind and slash and name and key.isprintable()):
+            return f"tensor {key!a} is not named kind/name, in printable text"
         problem = cover_problem(tensor.shape, [fragment.box for fragment in tensor.fragments])
         if problem:
             return f"tensor {key}: {problem}"
         for fragment in tensor.fragments:
             if fragment.file not in manifest.files:
                 return f"tensor {key}: its file {fragment.file} is not listed under files"
+            if not fragment.key.isprintable():
+                return f"tensor {key}: its key {fragment.key!a} is not printable text"
     return None
 
 

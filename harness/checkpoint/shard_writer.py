@@ -6,26 +6,29 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from harness.disk import sha256_of, sync
 from harness.parallel import Fragment
 
 from .boxes import Box
 from .dtypes import SAFETENSORS_NAMES, dtype_name
 from .errors import CheckpointError
 from .manifest import Part, StoredFile, StoredFragment, StoredTensor
+from .tensor_file import write_tensor_file
 
 
 def write_fragments(
-    folder: Path, fragments: Iterable[Fragment], file_name: Callable[[int], str], max_file_bytes: int
+    folder: Path,
+    fragments: Iterable[Fragment],
+    file_name: Callable[[int], str],
+    max_file_bytes: int,
+    on_written: Callable[[int], None] = lambda size: None,
 ) -> Part:
     """Write `fragments`, in their order, into files of at most `max_file_bytes` (or one fragment), and describe them.
 
-    Every file is flushed to the disk and hashed. Beside live memory at most one file's worth of copies is held: of
-    boxes that are not contiguous or not on the CPU. Raises CheckpointError for fragments that contradict each other.
+    Every file is flushed to the disk and hashed. Raises CheckpointError for fragments that contradict each other, and
+    OSError.
     """
-    writer = _ShardWriter(folder, file_name, max_file_bytes)
+    writer = _ShardWriter(folder, file_name, max_file_bytes, on_written)
     for fragment in fragments:
         writer.add(fragment)
     writer.flush()
@@ -33,12 +36,19 @@ def write_fragments(
 
 
 class _ShardWriter:
-    """Collects boxes until a file is full."""
+    """Collects fragments until a file is full, and remembers where each one went."""
 
-    def __init__(self, folder: Path, file_name: Callable[[int], str], max_file_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        file_name: Callable[[int], str],
+        max_file_bytes: int,
+        on_written: Callable[[int], None],
+    ) -> None:
         self._folder = folder
         self._file_name = file_name
         self._max_file_bytes = max_file_bytes
+        self._on_written = on_written
         self._headers: dict[str, StoredTensor] = {}
         self._boxes: dict[str, dict[str, StoredFragment]] = {}
         self._files: dict[str, StoredFile] = {}
@@ -66,7 +76,7 @@ class _ShardWriter:
             self.flush()
         file = self._file_name(len(self._files))
         boxes[key_in_file] = StoredFragment(offsets=box.offsets, shape=box.shape, file=file, key=key_in_file)
-        self._pending[key_in_file] = tensor.to("cpu").contiguous()
+        self._pending[key_in_file] = tensor
         self._pending_bytes += tensor.nbytes
 
     def flush(self) -> None:
@@ -74,13 +84,7 @@ class _ShardWriter:
         if not self._pending:
             return
         name = self._file_name(len(self._files))
-        path = self._folder / name
-        path.touch()
-        mode = path.stat().st_mode
-        save_file(_without_shared_memory(self._pending), path)
-        path.chmod(mode)  # safetensors makes files that only their owner can read
-        sync(path)
-        self._files[name] = StoredFile(bytes=path.stat().st_size, sha256=sha256_of(path))
+        self._files[name] = write_tensor_file(self._folder / name, self._pending, self._on_written)
         self._pending, self._pending_bytes = {}, 0
 
     def part(self) -> Part:
@@ -89,16 +93,6 @@ class _ShardWriter:
             for key, header in self._headers.items()
         }
         return Part(tensors=tensors, files=self._files)
-
-
-def _without_shared_memory(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies of tensors that overlap others in memory, which safetensors refuses: here each name is stored whole."""
-    result = {}
-    last_stop = 0
-    for key, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
-        result[key] = tensor.clone() if tensor.data_ptr() < last_stop else tensor
-        last_stop = max(last_stop, tensor.data_ptr() + tensor.nbytes)
-    return result
 
 
 def _key_in_file(key: str, box: Box, global_shape: tuple[int, ...]) -> str:

@@ -12,34 +12,38 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from harness.disk import sync
 from harness.parallel import Fragment
 
 from .disk import make_folders, write_synced
-from .errors import CheckpointError
-from .manifest import Manifest, Part, check_json, merge, read_manifest, write_manifest
+from .errors import CannotWriteError, CheckpointError
+from .manifest import Manifest, Part, StoredFile, check_json, merge, read_manifest, write_manifest
 from .shard_reader import content_problem, copy_planned, plan_copies
 from .shard_writer import write_fragments
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_FILE_BYTES = 2 << 30
+HASHING_THREADS = 4
 _STEP_FOLDER = re.compile(r"(?:\.replaced-)?step-(\d{8,})")
+_MANIFEST_SHARE = 0.01  # of the tensors' bytes, and no less than this:
+_MANIFEST_BYTES = 1 << 20
+
+AddUp = Callable[[Sequence[int]], list[int]]
+"""Sums each number over all writers; returns on all of them once all have called it."""
 
 
 class CheckpointStore:
     """Saves, finds, verifies and loads checkpoints in `folder`.
 
-    Several `writers` (ranks), numbered from 0, may save one checkpoint together: each gives the fragments that it owns.
-    `agree(ok)` must return on all of them once all have called it: True where each came with True (an all-reduce).
-    Writer 0 makes the folders and commits.
-    Reading needs no writer: every method but save and delete only looks.
+    Several `writers` (ranks), numbered from 0, may save one checkpoint together: each gives the fragments that it owns,
+    and they agree on each phase through `add_up`. Writer 0 makes the folders and commits.
+    Reading needs no writer: every method but save, delete and clean only looks.
     """
 
     def __init__(
@@ -48,38 +52,51 @@ class CheckpointStore:
         writer: int = 0,
         writers: int = 1,
         *,
-        agree: Callable[[bool], bool] | None = None,
+        add_up: AddUp | None = None,
         max_file_bytes: int = DEFAULT_MAX_FILE_BYTES,
     ) -> None:
-        if not 0 <= writer < writers or (writers > 1 and agree is None):
+        if not 0 <= writer < writers or (writers > 1 and add_up is None):
             raise ValueError(f"writer {writer} of {writers}: number them from 0, and give several a way to agree")
         self.folder = Path(folder)
         self._writer = writer
         self._writers = writers
-        self._agree = agree or (lambda ok: ok)
+        self._add_up: AddUp = add_up or list
         self._max_file_bytes = max_file_bytes
 
     # Saving
 
-    def save(self, step: int, fragments: Iterable[Fragment], state: dict[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        fragments: Iterable[Fragment],
+        state: dict[str, Any],
+        on_written: Callable[[int], None] = lambda size: None,
+    ) -> Path:
         """Write a checkpoint and return its folder, committed; until then nothing of it can be taken for one.
 
         The fragments of all writers tile each tensor exactly; their memory must not change before save returns. `state`
         is plain JSON, writer 0's is stored. A step that exists already is replaced, once the new one is whole on disk.
-        Raises CheckpointError on every writer where one of them failed; what existed before then still does.
+        `on_written` is told of the bytes that this writer has written. Raises CheckpointError on every writer where one
+        of them failed, CannotWriteError where it was for the disk; what existed before then still does.
         """
         final = self.folder / _folder_name(step)
         temporary = self.folder / f".tmp-{final.name}"
         part = Part(tensors={}, files={})
+        mine: list[Fragment] = []
+        all_bytes = 0
+
+        def check() -> None:
+            mine.extend(fragments)
+            if self._writer == 0:
+                check_json(state, "state")
 
         def prepare() -> None:
-            check_json(state, "state")
             if self._writer == 0:
-                self._prepare(temporary)
+                self._prepare(temporary, all_bytes)
 
         def write() -> None:
             nonlocal part
-            part = write_fragments(temporary, fragments, self._file_name, self._max_file_bytes)
+            part = write_fragments(temporary, mine, self._file_name, self._max_file_bytes, on_written)
             if self._writer:
                 write_synced(temporary / _part_name(self._writer), part.model_dump_json().encode())
 
@@ -90,22 +107,27 @@ class CheckpointStore:
                 self._commit(temporary, final)
 
         failure: Exception | None = None
-        for phase in (prepare, write, commit):
+        for phase in (check, prepare, write, commit):
             try:
                 phase()
             except Exception as error:
                 failure = error  # raised below: the others must hear of it first, and not wait for ever
-            if not self._agree(failure is None):
+            of_the_disk = isinstance(failure, (OSError, CannotWriteError))
+            own_bytes = sum(fragment.tensor.nbytes for fragment in mine) if phase is check else 0
+            failed, failed_at_the_disk, announced = self._add_up([failure is not None, of_the_disk, own_bytes])
+            all_bytes += announced
+            if failed:
                 break
         else:
             return final
         if self._writer == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(failure, (OSError, SafetensorError)):
-            raise CheckpointError(f"{final}: cannot be written: {failure}; earlier steps are untouched") from failure
+        kind = CannotWriteError if failed == failed_at_the_disk else CheckpointError
+        if isinstance(failure, OSError):
+            raise kind(f"{final}: cannot be written: {failure}; earlier steps are untouched") from failure
         if isinstance(failure, CheckpointError):
-            raise CheckpointError(f"{final}: not saved: {failure}") from None
-        raise failure or CheckpointError(f"{final}: not saved: another writer failed, and its own message says why")
+            raise kind(f"{final}: not saved: {failure}") from None
+        raise failure or kind(f"{final}: not saved: another writer failed, and its own message says why")
 
     def delete(self, step: int) -> None:
         """Remove a step. It is renamed first, so that a half-deleted one is never found."""
@@ -118,6 +140,23 @@ class CheckpointStore:
             sync(self.folder)
             shutil.rmtree(doomed)
 
+    def clean(self) -> list[str]:
+        """Clear away what a kill left behind; the names of the folders. Only where nothing is being saved."""
+        cleared = []
+        for entry in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
+            if entry.name.startswith(".replaced-"):
+                original = self.folder / entry.name.removeprefix(".replaced-")
+                if original.exists():
+                    shutil.rmtree(entry)
+                else:
+                    entry.rename(original)
+            elif entry.name.startswith(".tmp-"):
+                shutil.rmtree(entry)
+            else:
+                continue
+            cleared.append(entry.name)
+        return cleared
+
     # Finding and reading
 
     def steps(self) -> list[int]:
@@ -127,11 +166,12 @@ class CheckpointStore:
         matches = [_STEP_FOLDER.fullmatch(entry.name) for entry in self.folder.iterdir() if entry.is_dir()]
         return sorted({int(match[1]) for match in matches if match})
 
-    def latest_good(self, *, before: int | None = None, verify: bool = False) -> int | None:
+    def latest_good(self, *, before: int | None = None, verify: bool = False, strict: bool = False) -> int | None:
         """The newest step (older than `before`) that is whole; None where there is none.
 
         Whole: a valid manifest, and every file there with its size; with `verify` every byte is read too. What is wrong
-        with a newer one is logged as a warning. Found by looking at the folders: no pointer file could lie.
+        with a newer one is logged as a warning, or with `strict` raised. Found by looking at the folders: no pointer
+        file could lie.
         """
         for step in reversed(self.steps()):
             if before is not None and step >= before:
@@ -139,8 +179,18 @@ class CheckpointStore:
             problems = self.verify(step) if verify else self._manifest_problems(step)
             if not problems:
                 return step
-            logger.warning("checkpoint of step %d is passed over: %s", step, problems[0])
+            self.pass_over(step, problems, strict=strict)
         return None
+
+    def pass_over(self, step: int, problems: Sequence[str], *, strict: bool) -> None:
+        """Say that a step is damaged, and that an earlier one is used; with `strict` CheckpointError."""
+        more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+        if strict:
+            raise CheckpointError(
+                f"{problems[0]}{more}; checkpoint.strict lets no earlier step take its place: restore or move away "
+                f"{self._folder_of(step)}"
+            )
+        logger.warning("checkpoint of step %d is passed over: %s%s", step, problems[0], more)
 
     def manifest(self, step: int) -> Manifest:
         """The manifest of a step, checked (see read_manifest). Raises CheckpointError."""
@@ -153,15 +203,16 @@ class CheckpointStore:
         """The state that was saved with a step. Raises CheckpointError."""
         return self.manifest(step).state
 
-    def verify(self, step: int) -> list[str]:
-        """What is wrong with a step, one line a file; every byte of every file is read. Empty: the step is whole."""
+    def verify(self, step: int, share: tuple[int, int] = (0, 1)) -> list[str]:
+        """What is wrong with a step, one line a file; every byte of every file is read. Empty: the step is whole.
+
+        `share` (number, of how many) leaves out the files that other ranks read.
+        """
         try:
             manifest = read_manifest(self._folder_of(step), step)
         except CheckpointError as error:
             return [str(error)]
-        folder = self._folder_of(step)
-        problems = [(name, content_problem(folder, name, file)) for name, file in manifest.files.items()]
-        return [f"{folder / name}: {problem}" for name, problem in problems if problem]
+        return self._damaged(self._folder_of(step), _deal_out(manifest.files, *share))
 
     def load(
         self, step: int, into: Iterable[Fragment], *, verify: bool = True, allow_unused: bool = False
@@ -175,12 +226,16 @@ class CheckpointStore:
         manifest = self.manifest(step)
         folder = self._folder_of(step)
         copies = plan_copies(manifest, list(into), str(folder), allow_unused=allow_unused)
-        for name in sorted(copies) if verify else ():
-            problem = content_problem(folder, name, manifest.files[name])
-            if problem:
-                raise CheckpointError(f"{folder / name}: {problem}{self._advice(step)}")
+        needed = {name: manifest.files[name] for name in sorted(copies)}
+        for problem in self._damaged(folder, needed) if verify else ():
+            raise CheckpointError(f"{problem}{self._advice(step)}")
         copy_planned(folder, copies)
         return manifest.state
+
+    def _damaged(self, folder: Path, files: dict[str, StoredFile]) -> list[str]:
+        with ThreadPoolExecutor(HASHING_THREADS) as pool:
+            problems = list(pool.map(lambda name: content_problem(folder, name, files[name]), files))
+        return [f"{folder / name}: {problem}" for name, problem in zip(files, problems, strict=True) if problem]
 
     def _folder_of(self, step: int) -> Path:
         """Where a step lies: in its own folder, or set aside by a save of the same step that was killed."""
@@ -209,18 +264,17 @@ class CheckpointStore:
             else f"tensors-{self._writer:05d}-{number:05d}.safetensors"
         )
 
-    def _prepare(self, temporary: Path) -> None:
-        """Clear away what a kill left behind, and make an empty folder."""
+    def _prepare(self, temporary: Path, tensor_bytes: int) -> None:
+        """An empty folder on a disk with room for the tensors of all writers."""
         make_folders(self.folder)
-        for entry in list(self.folder.iterdir()):
-            if entry.name.startswith(".replaced-"):
-                original = self.folder / entry.name.removeprefix(".replaced-")
-                if original.exists():
-                    shutil.rmtree(entry)
-                else:
-                    entry.rename(original)
-            elif entry.name.startswith(".tmp-"):
-                shutil.rmtree(entry)
+        self.clean()
+        needed = tensor_bytes + max(int(_MANIFEST_SHARE * tensor_bytes), _MANIFEST_BYTES)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise CannotWriteError(
+                f"{needed / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free; make room, or keep fewer "
+                f"checkpoints; earlier steps are untouched"
+            )
         temporary.mkdir()
 
     def _commit(self, temporary: Path, final: Path) -> None:
@@ -252,3 +306,15 @@ def _take_part(folder: Path, writer: int) -> Part:
         raise CheckpointError(f"writer {writer} of the checkpoint did not finish: its own message says why") from None
     path.unlink()
     return part
+
+
+def _deal_out(files: dict[str, StoredFile], number: int, shares: int) -> dict[str, StoredFile]:
+    """The files of one of so many shares of about equally many bytes."""
+    sizes = [0] * shares
+    mine = {}
+    for name, file in sorted(files.items(), key=lambda item: (-item[1].bytes, item[0])):
+        share = sizes.index(min(sizes))
+        sizes[share] += file.bytes
+        if share == number:
+            mine[name] = file
+    return mine

@@ -5,20 +5,25 @@ of. Read layout.py first, then tensor.py and engine.py. Only this room knows pro
 on.
 """
 
+from .channel import Channel
 from .config import ParallelSection, ZeroSection
 from .engine import Engine, OptimizerBuilder, build_divider, build_engine
 from .fragments import Fragment
 from .hardware import Peak, memory_bytes, peak_flops
+from .hub import Verdict
 from .layout import ParallelLayout
 from .placement import Placement, place_parameters
 from .pretend import pretended_layout
 from .processes import Identity
 from .randomness import derive_seed, seed_dropout
+from .staging import Staging
 from .state_size import StatePart, state_parts, stays_whole
 from .tensor import TensorParallel
 from .torch_engine import TorchEngine
+from .watchdog import Watchdog
 
 __all__ = [
+    "Channel",
     "Engine",
     "Fragment",
     "Identity",
@@ -27,9 +32,12 @@ __all__ = [
     "ParallelSection",
     "Peak",
     "Placement",
+    "Staging",
     "StatePart",
     "TensorParallel",
     "TorchEngine",
+    "Verdict",
+    "Watchdog",
     "ZeroSection",
     "build_divider",
     "build_engine",

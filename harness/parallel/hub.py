@@ -15,10 +15,9 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
-EXIT_LOST = 75
-"""Exit status of a rank that ends because others were lost: EX_TEMPFAIL of sysexits.h, worth another start."""
+from harness.stop import EXIT_RESUME
 
 EXIT_FAILED = 1
 """Exit status of a rank that ends because another rank failed with an error of its own: what Python itself gives."""
@@ -27,12 +26,16 @@ _LONGEST_LINE = 1 << 16
 _SETTLING_SECONDS = 0.05  # processes that are killed together close their connections within this time
 _NAMED_AT_MOST = 8
 
+Told = Literal["failed", "stopped", "hung"]
+"""What a rank may say of itself that ends the job: an error of its own, that it was asked to stop, that its work does
+not go on."""
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why a job ends. `reason` is "lost" (ranks that are heard no more) or "failed" (a rank told of its own error).
+    """Why a job ends: what a rank told, or "lost", of ranks that are heard no more.
 
-    `rank` and `host` are those of the failed rank, or of the first lost one; `text` names all.
+    `rank` and `host` are those of the rank that told, or of the first lost one; `text` names all.
     """
 
     reason: str
@@ -42,8 +45,13 @@ class Verdict:
 
     @property
     def exit_status(self) -> int:
-        """Of the ranks that end by it."""
-        return EXIT_LOST if self.reason == "lost" else EXIT_FAILED
+        """Of the ranks that end by it. All but an error is worth another start."""
+        return EXIT_FAILED if self.reason == "failed" else EXIT_RESUME
+
+    @property
+    def wants_stacks(self) -> bool:
+        """Whether where each rank stood tells more than the text does."""
+        return self.reason in ("lost", "hung")
 
 
 class Connection:
@@ -178,8 +186,9 @@ class Hub:
                 member.done = True
                 if member.rank != 0:
                     connection.send("bye")
-            elif message.get("kind") == "failed" and self._verdict is None:
-                self._pronounce(Verdict("failed", member.rank, member.host, f"{member}: {message.get('text')}"))
+            elif message.get("kind") in get_args(Told) and self._verdict is None:
+                text = f"{member}: {message.get('text')}"
+                self._pronounce(Verdict(message["kind"], member.rank, member.host, text))
         if connection.closed:
             self._selector.unregister(connection)
             connection.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -12,11 +12,14 @@ from torch import Tensor
 
 from harness.config import ConfigError, HarnessError
 
+from .channel import Channel
 from .config import ParallelSection
+from .hub import Verdict
 from .processes import Identity, Processes
 from .randomness import ForwardSeeds, derive_seed
 from .tensor import TensorParallel
 from .watch import is_collective_failure
+from .watchdog import Watchdog
 
 
 class ParallelLayout:
@@ -61,7 +64,12 @@ class ParallelLayout:
                 self.identity, self.device, self.section.timeout_seconds, self.section.lost_after_seconds
             )
             self._owns_processes = True
-        self.tensor_group, self.data_group = self._processes.groups(self.tensor_size)
+        self.watchdog: Watchdog = self._processes.watchdog  # off until it is armed; one a process
+        try:
+            self.tensor_group, self.data_group = self._processes.groups(self.tensor_size)
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     def __exit__(
@@ -72,10 +80,11 @@ class ParallelLayout:
             self._owns_processes = False
         self._processes = None
 
-    def on_end(self, tell: Callable[[str], None]) -> None:
-        """Call `tell` with the reason, on another thread, before this process is ended because of another rank."""
-        if self._processes is not None and self._processes.watch is not None:
-            self._processes.watch.on_end = tell
+    def on_end(self, tell: Callable[[Verdict], None]) -> None:
+        """Call `tell` with the verdict, on another thread, before this process is ended because of another rank or by
+        the watchdog."""
+        if self._processes is not None:
+            self._processes.ending.on_end = tell
 
     def await_verdict(self, error: BaseException) -> None:
         """Where `error` is a collective's that another rank did not come to: wait to be ended by what is found about
@@ -111,13 +120,20 @@ class ParallelLayout:
             dist.all_reduce(tensor, group=self.data_group)
         return tensor
 
-    def all_agree(self, ok: bool) -> bool:
-        """Whether every rank came with True."""
+    def all_max(self, numbers: Sequence[int]) -> list[int]:
+        """The largest that any rank came with, number by number."""
+        whole = [int(number) for number in numbers]
         if self.world_size == 1:
-            return ok
-        vote = torch.tensor([0 if ok else 1])
-        dist.all_reduce(vote)
-        return int(vote) == 0
+            return whole
+        largest = torch.tensor(whole)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.tolist()
+
+    def channel(self) -> Channel:
+        """A new way for all ranks to agree, from a thread other than the one that calls collectives. To be made by all
+        ranks in the same order."""
+        assert self._processes is not None, "inside the layout's context only"
+        return self._processes.channel()
 
     def first_number(self, number: int) -> int:
         """Rank 0's number, on all ranks."""
@@ -144,11 +160,14 @@ class ParallelLayout:
         torch.manual_seed(derive_seed(seed, purpose, step, self.data_rank))
         self.forward_seeds.start(derive_seed(seed, purpose, step, self.data_rank, "dropout"))
 
-    def __repr__(self) -> str:
+    @property
+    def axes(self) -> str:
+        """What is divided: "tensor 2 x data 4, ZeRO 1, sequence parallel"."""
         axes = f"tensor {self.tensor_size} x data {self.data_size}, ZeRO {self.section.zero_stage}"
-        if self.section.sequence_parallel:
-            axes += ", sequence parallel"
-        return f"rank {self.rank} of {self.world_size} on {self.device} ({axes})"
+        return axes + (", sequence parallel" if self.section.sequence_parallel else "")
+
+    def __repr__(self) -> str:
+        return f"rank {self.rank} of {self.world_size} on {self.device} ({self.axes})"
 
 
 def _choose_device(wanted: str, local_rank: int) -> torch.device:

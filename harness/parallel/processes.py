@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,13 +14,16 @@ import torch
 import torch.distributed as dist
 
 from harness.config import HarnessError
+from harness.stop import StopRequested
 
+from .channel import Channel, poll
+from .ending import Ending
+from .hub import Verdict
 from .watch import Watch
+from .watchdog import Watchdog
 
 WAIT_FOR_OTHERS_SECONDS = 5.0
 """Where this rank could not meet the others: they may fail for a reason of their own at the same moment."""
-LONGEST_PAUSE_SECONDS = 0.5
-"""Between two looks at the store."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,11 @@ class Processes:
         self, identity: Identity, store: dist.Store, watch: Watch | None, timeout: timedelta | None = None
     ) -> None:
         self.identity, self.watch, self._timeout = identity, watch, timeout
+        self.ending = watch.ending if watch is not None else Ending(str(identity))
+        self.watchdog = Watchdog(self.ending, self._end_hung)
         self._store = store
         self._groups: dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
-        self._messages = 0
+        self._messages = self._channels = 0
 
     @classmethod
     def meet(
@@ -110,6 +114,9 @@ class Processes:
                 world_size=identity.world_size,
                 timeout=timeout,
             )
+        except StopRequested as stop:
+            _report(watch, identity, stop)
+            raise
         except (RuntimeError, ValueError) as error:
             if watch is None:
                 raise
@@ -123,18 +130,24 @@ class Processes:
     def close(self, error: BaseException | None = None) -> None:
         """End this rank's part, all work done or with an `error`, of which the other ranks hear.
 
-        An error that is another rank's to say is given `said_elsewhere`.
+        An error, or a stop, that is another rank's to say is given `said_elsewhere`.
         """
         Processes.current = None
+        self.watchdog.disarm()
         if self.watch is not None and error is not None and not isinstance(error, FirstRankError):
-            first = self.watch.report(f"{type(error).__name__}: {error}")
-            error.add_note(f"harness: this was {self.identity}")
-            error.said_elsewhere = not first  # type: ignore[attr-defined]
+            _report(self.watch, self.identity, error)
             return  # the others may never come to where a process group is ended in order
         if self.watch is not None:
             self.watch.stop()
         if error is None or self.watch is None:
             dist.destroy_process_group()
+
+    def _end_hung(self, text: str) -> None:
+        """Called by the watchdog."""
+        if self.watch is not None:
+            self.watch.report_hung(text)
+        else:
+            self.ending.end(Verdict("hung", self.identity.rank, socket.gethostname(), text), say=True)
 
     def groups(self, tensor: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
         """This rank's tensor-parallel group, of neighbouring ranks, and its data-parallel group, of every `tensor`-th.
@@ -155,6 +168,13 @@ class Processes:
             assert data_group is not None
             self._groups[tensor] = tensor_group, data_group
         return self._groups[tensor]
+
+    def channel(self) -> Channel:
+        """A new way for all ranks to agree, from a thread other than the one that calls collectives. To be made by all
+        ranks in the same order."""
+        self._channels += 1
+        store = dist.PrefixStore(f"channel/{self._channels}", self._store)
+        return Channel(store, self.identity.rank, self.identity.world_size)
 
     def _new_group(self, members: list[int]) -> dist.ProcessGroup:
         return dist.new_group(members, timeout=self._timeout)  # left out, it would not be the default group's
@@ -177,14 +197,23 @@ class Processes:
                 raise
             self._store.set(key, json.dumps({"value": value}))
             return value
-        pause = 0.01
-        while not self._store.check([key]):  # rather than `wait`, which logs a warning at each of its timeouts
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+        poll(lambda: self._store.check([key]))  # rather than `wait`, which logs a warning at each of its timeouts
         message = json.loads(self._store.get(key))
         if "error" in message:
             raise FirstRankError(message["error"])
         return message["value"]
+
+
+def _report(watch: Watch | None, identity: Identity, error: BaseException) -> None:
+    """Let the other ranks hear of an error, or of a stop, that ends this one."""
+    if watch is None:
+        return
+    if isinstance(error, StopRequested):
+        first = watch.report(f"stopped by {error}", "stopped")
+    else:
+        first = watch.report(f"{type(error).__name__}: {error}")
+    error.add_note(f"harness: this was {identity}")
+    error.said_elsewhere = not first  # type: ignore[attr-defined]
 
 
 def _unmet(identity: Identity, where: str, timeout_seconds: float, error: Exception) -> HarnessError:

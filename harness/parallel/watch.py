@@ -10,6 +10,8 @@ most `bound_seconds` = lost_after_seconds + 2 * interval_seconds + 5 seconds, wh
 lost_after_seconds and at most 5. A process that dies is found at once, by its closed connection; only hanging ones and
 cut links take that long. A process that hangs is not ended from here: its launcher does that when the others have gone.
 
+A main thread that is stuck while this one beats is found by its watchdog (watchdog.py), which reports here.
+
 The thread needs Python's interpreter lock once in `lost_after_seconds`. Measured with torch 2.13: waiting in a gloo
 collective, products, autograd, sorting, saving, importing megatron-core or transformers, and sentencepiece from 0.2.2
 on hold it for less than 0.5 s at a time. What holds it longer: Tensor.tolist (3 s for 20 million numbers), a regular
@@ -22,24 +24,21 @@ before, and nobody learns from a store that a process died.
 
 from __future__ import annotations
 
-import os
 import secrets
 import select
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
 
 from harness.config import HarnessError
 
-from .hub import EXIT_FAILED, EXIT_LOST, Connection, Hub, Verdict
+from .ending import Ending
+from .hub import Connection, Hub, Told, Verdict
 
-_PATIENCE_SECONDS = 4.0  # with on_end, and with a rank that has failed and is to leave by itself
+_PATIENCE_SECONDS = 4.0  # with a rank that is to leave by itself, and with a hub that is to answer
 _LONGEST_TEXT = 4000
 
 _COLLECTIVE_FAILURES = (
@@ -58,10 +57,9 @@ _COLLECTIVE_FAILURES = (
 class Watch:
     """One rank's part in the watch. For jobs of two ranks or more.
 
-    `on_end(text)` is called, in the watch's thread and for at most 4 s, before this process is ended: set it to
-    write the reason into a log. Then the process ends without further clean-up, as its main thread may be stuck in a
-    collective: with EXIT_LOST where ranks were lost, with EXIT_FAILED where another rank failed. One line goes to
-    stderr, from rank 0 (unless a rank on its own host has said itself that it failed) and from ranks that don't hear
+    Where the hub says why the job ends, or is not heard, the process ends as `ending` does it: with EXIT_FAILED where
+    another rank failed, with EXIT_RESUME where ranks were lost, were asked to stop, or hang. One line goes to stderr,
+    from rank 0 (unless a rank on its own host says itself that it failed or was stopped) and from ranks that don't hear
     rank 0:
 
         harness: rank 0 on nodeA: ended: lost rank 2 on nodeB (its connection closed)
@@ -75,7 +73,6 @@ class Watch:
         *,
         lost_after_seconds: float = 30.0,
         join_seconds: float = 600.0,
-        on_end: Callable[[str], None] | None = None,
     ) -> None:
         """`host` is where rank 0 runs, as the other ranks reach it: MASTER_ADDR. A rank that has not begun to watch
         `join_seconds` after rank 0 did is lost: imports may take long on some machines."""
@@ -83,8 +80,7 @@ class Watch:
         self.lost_after_seconds, self._join_seconds = lost_after_seconds, join_seconds
         self.interval_seconds = min(5.0, lost_after_seconds / 10)
         self.bound_seconds = lost_after_seconds + 2 * self.interval_seconds + 5.0
-        self.on_end = on_end
-        self._name = f"rank {rank} on {socket.gethostname()}"
+        self.ending = Ending(f"rank {rank} on {socket.gethostname()}")
         self._place = f"rank 0 at {host}"
         self._hub: Hub | None = None
         self._connection: Connection | None = None
@@ -128,21 +124,29 @@ class Watch:
             self._connection.send("done")
             self._over.wait(self.lost_after_seconds)
 
-    def report(self, text: str) -> bool:
-        """Tell all ranks that this one has failed; they end with "rank 3 on nodeB: <text>".
+    def report(self, text: str, reason: Told = "failed") -> bool:
+        """Tell all ranks that this one has failed, or was "stopped"; they end with "rank 3 on nodeB: <text>".
 
-        True where this is the job's first failure, so that this rank is to say it on its terminal. The caller ends the
-        process in its own way; should it not have managed that within 4 s, the watch does it.
+        True where this is the first thing that ends the job, so that this rank is to say it on its terminal. The caller
+        ends the process in its own way; should it not have managed that within 4 s, the watch does it.
         """
         self._leaving = True
         if self._connection is None or self._over.is_set():
             return True
-        self._connection.send("failed", text=text[:_LONGEST_TEXT])
-        threading.Thread(target=self._end_overdue, name="harness-overdue", daemon=True).start()
+        self._connection.send(reason, text=text[:_LONGEST_TEXT])
+        threading.Thread(target=self._end_overdue, args=(reason,), name="harness-overdue", daemon=True).start()
         self._over.wait(_PATIENCE_SECONDS / 2)
         if self._hub is not None:
             self._hub.told.wait(_PATIENCE_SECONDS / 4)
         return self._verdict is None or self._verdict.rank == self.rank
+
+    def report_hung(self, text: str) -> None:
+        """Tell all ranks that this one does not go on; they end, and so does this one, whether it hears from the hub or
+        not. Returns only where the main thread is ending this process already."""
+        if self._connection is not None:
+            self._connection.send("hung", text=text[:_LONGEST_TEXT])
+            self._over.wait(_PATIENCE_SECONDS)
+        self._end(Verdict("hung", self.rank, socket.gethostname(), f"{self.ending.name}: {text}"), say=True)
 
     def wait_for_verdict(self, seconds: float | None = None) -> None:
         """Wait, at most `bound_seconds` where nothing else is said, to be ended by a verdict.
@@ -173,52 +177,34 @@ class Watch:
                     connection.close()
                     return self._over.set()
             if connection.closed:
-                return self._end(f"lost {self._place} (its connection closed)", EXIT_LOST, say=True)
+                return self._end_without_hub(f"lost {self._place} (its connection closed)")
             if now - heard_at >= self.lost_after_seconds:
-                text = f"lost contact with {self._place} (no sign of life for {now - heard_at:.0f} s)"
-                return self._end(text, EXIT_LOST, say=True)
+                silence = f"no sign of life for {now - heard_at:.0f} s"
+                return self._end_without_hub(f"lost contact with {self._place} ({silence})")
 
     def _obey(self, connection: Connection, message: dict[str, Any]) -> None:
         verdict = self._verdict = Verdict(
             str(message.get("reason")), int(message.get("rank", -1)), str(message.get("host")), str(message.get("text"))
         )
         connection.close()  # which tells the hub that the verdict has arrived
-        # A rank that fails says so itself on its own host's terminal.
-        said = verdict.reason == "failed" and verdict.host == socket.gethostname()
-        self._end(verdict.text, verdict.exit_status, say=self.rank == 0 and not said)
+        # A rank that fails or is stopped says so itself on its own host's terminal.
+        said = verdict.reason in ("failed", "stopped") and verdict.host == socket.gethostname()
+        self._end(verdict, say=self.rank == 0 and not said)
 
-    def _end(self, text: str, exit_status: int, say: bool) -> None:
+    def _end_without_hub(self, text: str) -> None:
+        self._end(Verdict("lost", 0, self.host, text), say=True)
+
+    def _end(self, verdict: Verdict, say: bool) -> None:
         """End this process, unless its main thread is about to."""
         if self._leaving:
             return self._over.set()
-        start = time.monotonic()
-        telling = threading.Thread(target=self._tell, args=(text,), daemon=True)
-        telling.start()
-        if self._hub is not None:
-            self._hub.told.wait(_PATIENCE_SECONDS / 2)
-        telling.join(max(0.0, start + _PATIENCE_SECONDS - time.monotonic()))
-        self._exit(text if say else None, exit_status)
-        return None
+        self.ending.end(verdict, say=say, others_told=self._hub.told if self._hub is not None else None)
 
-    def _tell(self, text: str) -> None:
-        if self.on_end is not None:
-            with suppress(Exception):
-                self.on_end(text)
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(Exception):
-                stream.flush()
-
-    def _end_overdue(self) -> None:
+    def _end_overdue(self, reason: Told) -> None:
         time.sleep(_PATIENCE_SECONDS)
-        self._exit(f"did not leave by itself within {_PATIENCE_SECONDS:.0f} s of its own error", EXIT_FAILED)
-
-    def _exit(self, text: str | None, exit_status: int) -> None:
-        if text is not None:  # in a thread, as a pipe that nobody reads would hold it for ever
-            line = f"harness: {self._name}: ended: {' '.join(text.split())}\n".encode(errors="replace")
-            saying = threading.Thread(target=os.write, args=(2, line), daemon=True)
-            saying.start()
-            saying.join(1.0)
-        os._exit(exit_status)
+        own = Verdict(reason, self.rank, socket.gethostname(), "")
+        why = "its stop" if reason == "stopped" else "its own error"
+        self.ending.leave(own.exit_status, f"did not leave by itself within {_PATIENCE_SECONDS:.0f} s of {why}")
 
 
 def is_collective_failure(error: BaseException) -> bool:

@@ -110,6 +110,8 @@ class RunFolder:
         A kill at any point leaves the records as they were or as they should be. TensorBoard's files are left alone; a
         new one says from where on they are void.
         """
+        if self.rank > 0:
+            return
         self._close_records()
         lines = read_lines(self.path / METRICS, "step")
         kept = [(line, record) for line, record in lines if record["step"] <= step]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,24 +51,24 @@ class Agreement:
     """What an all-reduce does, among threads."""
 
     def __init__(self, writers: int) -> None:
-        self._votes: list[bool] = []
-        self._result = False
+        self._votes: list[Sequence[int]] = []
+        self._result: list[int] = []
         self._barrier = threading.Barrier(writers, self._count, timeout=60)
 
     def _count(self) -> None:
-        self._result, self._votes = all(self._votes), []
+        self._result, self._votes = [sum(numbers) for numbers in zip(*self._votes, strict=True)], []
 
-    def __call__(self, ok: bool) -> bool:
-        self._votes.append(ok)
+    def __call__(self, numbers: Sequence[int]) -> list[int]:
+        self._votes.append(numbers)
         self._barrier.wait()
         return self._result
 
 
 def save_together(folder: Path, step: int, shares: list[list[Fragment]], state: dict) -> list[Exception | None]:
-    agree = Agreement(len(shares))
+    add_up = Agreement(len(shares))
 
     def save(writer: int) -> Exception | None:
-        store = CheckpointStore(folder, writer, len(shares), agree=agree, max_file_bytes=200)
+        store = CheckpointStore(folder, writer, len(shares), add_up=add_up, max_file_bytes=200)
         try:
             store.save(step, shares[writer], state)
         except Exception as error:

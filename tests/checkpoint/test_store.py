@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from harness.checkpoint import CheckpointError, CheckpointStore
+from harness.checkpoint import CannotWriteError, CheckpointError, CheckpointStore
 from harness.config import HarnessError
 from harness.parallel import Fragment
 from tests.checkpoint.states import assert_same_bits, blank_like, random_tensors, whole_fragments
@@ -224,8 +224,8 @@ def test_a_failing_disk_costs_nothing_that_was_there(tmp_path: Path, monkeypatch
         raise full
 
     with monkeypatch.context() as patch:
-        patch.setattr("harness.checkpoint.shard_writer.save_file", fail)
-        with pytest.raises(CheckpointError, match=r"step-00000002: cannot be written: .*No space left on device"):
+        patch.setattr("harness.checkpoint.shard_writer.write_tensor_file", fail)
+        with pytest.raises(CannotWriteError, match=r"step-00000002: cannot be written: .*No space left on device"):
             store.save(2, whole_fragments(random_tensors(2)), {})
     assert store.latest_good(verify=True) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

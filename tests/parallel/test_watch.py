@@ -17,14 +17,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from harness.parallel.hub import EXIT_FAILED, EXIT_LOST
+from harness.parallel.hub import EXIT_FAILED, Verdict
 from harness.parallel.watch import Watch, is_collective_failure
+from harness.stop import EXIT_RESUME
+from tests.parallel.jobs import HERE, Job, redirect_stderr, wait_until
 from tests.parallel.namespaces import Hosts, why_not
 
 LOST_AFTER_SECONDS = 2.0
 BOUND_SECONDS = LOST_AFTER_SECONDS + 2 * LOST_AFTER_SECONDS / 10 + 5
 SLACK_SECONDS = 10.0  # on top of the bound, for a busy machine
-HERE = socket.gethostname()
 
 
 # ---- what a rank does ---------------------------------------------------------------------------------------------
@@ -33,8 +34,7 @@ HERE = socket.gethostname()
 def run_rank(rank: int, world_size: int, address: str, port: int, folder: str, scenario: str) -> None:
     """One rank's process: its stderr goes to a file, and so does what on_end is told."""
     place = Path(folder)
-    log = os.open(place / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 2)
+    redirect_stderr(place, rank)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -45,13 +45,16 @@ def run_rank(rank: int, world_size: int, address: str, port: int, folder: str, s
         timeout=timedelta(seconds=600),
     )
 
-    def on_end(text: str) -> None:
-        (place / f"end-{rank}").write_text(text)
+    def on_end(verdict: Verdict) -> None:
+        (place / f"end-{rank}").write_text(verdict.text)
         if scenario == "slow end":
             time.sleep(600)
         raise OSError("no space left on device")
 
-    watch = Watch(rank, world_size, address, lost_after_seconds=LOST_AFTER_SECONDS, on_end=on_end)
+    watch = Watch(rank, world_size, address, lost_after_seconds=LOST_AFTER_SECONDS)
+    watch.ending.on_end = on_end
+    if scenario == "collective with stacks":
+        watch.ending.stacks_file = place / "stacks" / f"rank-{rank}"
     watch.start(dist.distributed_c10d._get_default_store())
     dist.barrier()
     (place / f"ready-{rank}").touch()
@@ -100,56 +103,12 @@ def _act(scenario: str, rank: int, watch: Watch, place: Path) -> None:
 # ---- jobs of such ranks -------------------------------------------------------------------------------------------
 
 
-class Job:
-    """Three processes of `run_rank`, and what became of them."""
-
-    def __init__(self, folder: Path, scenario: str) -> None:
-        context = multiprocessing.get_context("forkserver")  # one process imports torch, for all jobs
-        context.set_forkserver_preload([__name__])
-        self.folder, self.host = folder, HERE
-        port = free_port()
-        self.processes = [
-            context.Process(target=run_rank, args=(rank, 3, "127.0.0.1", port, str(folder), scenario))
-            for rank in range(3)
-        ]
-        for process in self.processes:
-            process.start()
-        wait_until(lambda: len([*folder.glob("ready-*")]) == 3)
-
-    def signal(self, number: int, *ranks: int) -> None:
-        for rank in ranks:
-            pid = self.processes[rank].pid
-            assert pid is not None
-            os.kill(pid, number)
-
-    def join(self, *ranks: int) -> list[int | None]:
-        """The exit statuses of `ranks`, which are to end within the bound from now."""
-        deadline = time.monotonic() + BOUND_SECONDS + SLACK_SECONDS
-        for rank in ranks:
-            self.processes[rank].join(max(0.0, deadline - time.monotonic()))
-        return [self.processes[rank].exitcode for rank in ranks]
-
-    def text(self, name: str) -> str:
-        path = self.folder / name
-        return path.read_text() if path.exists() else ""
-
-    def lines(self) -> list[str]:
-        """All that the ranks wrote to stderr."""
-        return "".join(self.text(f"stderr-{rank}") for rank in range(4)).splitlines()
-
-    def close(self) -> None:
-        for process in self.processes:
-            if process.is_alive():
-                process.kill()
-            process.join(30)
-
-
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[[str], Job]]:
     jobs: list[Job] = []
 
     def begin(scenario: str) -> Job:
-        jobs.append(Job(tmp_path, scenario))
+        jobs.append(Job(tmp_path, run_rank, 3, scenario, BOUND_SECONDS + SLACK_SECONDS))
         return jobs[-1]
 
     yield begin
@@ -157,23 +116,10 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], Job]]:
         job.close()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
 def test_killed_rank_is_named(start: Callable[[str], Job]) -> None:
     job = start("collective")
     job.signal(signal.SIGKILL, 2)
-    assert job.join(0, 1) == [EXIT_LOST, EXIT_LOST]
+    assert job.join(0, 1) == [EXIT_RESUME, EXIT_RESUME]
     text = f"lost rank 2 on {HERE} (its connection closed)"
     assert job.lines() == [f"harness: rank 0 on {HERE}: ended: {text}"]
     assert [job.text("end-0"), job.text("end-1")] == [text, text]
@@ -182,7 +128,7 @@ def test_killed_rank_is_named(start: Callable[[str], Job]) -> None:
 def test_ranks_killed_together_are_all_named(start: Callable[[str], Job]) -> None:
     job = start("sleep")
     job.signal(signal.SIGKILL, 1, 2)
-    assert job.join(0) == [EXIT_LOST]
+    assert job.join(0) == [EXIT_RESUME]
     closed = "(its connection closed)"
     assert job.lines() == [
         f"harness: rank 0 on {HERE}: ended: lost rank 1 on {HERE} {closed}, rank 2 on {HERE} {closed}"
@@ -192,7 +138,7 @@ def test_ranks_killed_together_are_all_named(start: Callable[[str], Job]) -> Non
 def test_killed_rank_0_is_named_even_where_the_log_hangs(start: Callable[[str], Job]) -> None:
     job = start("slow end")
     job.signal(signal.SIGKILL, 0)
-    assert job.join(1, 2) == [EXIT_LOST, EXIT_LOST]
+    assert job.join(1, 2) == [EXIT_RESUME, EXIT_RESUME]
     text = f"lost rank 0 on {HERE} (its connection closed)"
     assert job.lines() == [f"harness: rank {rank} on {HERE}: ended: {text}" for rank in (1, 2)]
 
@@ -202,7 +148,7 @@ def test_hanging_rank_is_named(start: Callable[[str], Job], victim: int) -> None
     job = start("collective")
     others = [rank for rank in range(3) if rank != victim]
     job.signal(signal.SIGSTOP, victim)
-    assert job.join(*others) == [EXIT_LOST, EXIT_LOST]
+    assert job.join(*others) == [EXIT_RESUME, EXIT_RESUME]
     if victim == 0:
         text = rf"lost contact with rank 0 on {HERE} \(no sign of life for \d s\)"
         expected = [rf"harness: rank {rank} on {HERE}: ended: {text}" for rank in others]
@@ -210,6 +156,20 @@ def test_hanging_rank_is_named(start: Callable[[str], Job], victim: int) -> None
         expected = [rf"harness: rank 0 on {HERE}: ended: lost rank 2 on {HERE} \(no sign of life for \d s\)"]
     assert len(job.lines()) == len(expected)
     assert all(re.fullmatch(pattern, line) for pattern, line in zip(expected, job.lines(), strict=True))
+
+
+def test_survivors_of_a_lost_rank_say_where_they_stood(start: Callable[[str], Job]) -> None:
+    job = start("collective with stacks")
+    job.signal(signal.SIGSTOP, 2)
+    assert job.join(0, 1) == [EXIT_RESUME, EXIT_RESUME]
+    [line] = job.lines()
+    assert line.startswith(f"harness: rank 0 on {HERE}: ended: lost rank 2 on {HERE} (")
+    assert line.endswith(f"; stack traces in {job.folder / 'stacks'}")
+    for rank in (0, 1):
+        stacks = job.text(f"stacks/rank-{rank}")
+        assert f"UTC\nrank {rank} on {HERE}: ended: {job.text(f'end-{rank}')}\n" in stacks
+        assert "in all_reduce" in stacks
+        assert " is MainThread\n" in stacks
 
 
 @pytest.mark.parametrize("culprit", [0, 2])
@@ -273,7 +233,7 @@ def test_cut_link_ends_both_sides(tmp_path: Path) -> None:
         deadline = time.monotonic() + BOUND_SECONDS + SLACK_SECONDS
         statuses = [tmp_path / f"status-{rank}" for rank in range(4)]
         wait_until(lambda: all(path.exists() for path in statuses), deadline - time.monotonic())
-    assert [path.read_text() for path in statuses] == [str(EXIT_LOST)] * 4
+    assert [path.read_text() for path in statuses] == [str(EXIT_RESUME)] * 4
     # Where an address has no name, torch warns of it on stderr.
     said = [re.sub(r"^\[W.*\n", "", (tmp_path / f"stderr-{rank}").read_text(), flags=re.M) for rank in range(4)]
     silent = r"\(no sign of life for \d s\)"

@@ -1,0 +1,69 @@
+"""How a process is asked to stop: SIGTERM and SIGUSR1, which schedulers send ahead of a time limit or a preemption.
+
+The first of them is noted; the loop looks at `requested()` when it has finished a step, saves and ends. Work that no
+loop looks after, such as building data, runs inside `raising()`. SIGINT stays what Python makes of it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Final
+
+EXIT_RESUME: Final = 75
+"""Exit status of a run that was asked to stop, or that lost a rank: started again, it goes on. EX_TEMPFAIL of
+sysexits.h."""
+
+SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
+
+_requested: str | None = None
+_raise_at_once = False
+
+
+class StopRequested(BaseException):
+    """This process was asked to stop, and stops; not an Exception, so that no handler of errors takes it for one."""
+
+
+def install() -> None:
+    """From now on SIGTERM and SIGUSR1 ask instead of killing. In the main thread; forked children are as before."""
+    for number in SIGNALS:
+        signal.signal(number, _note)
+    os.register_at_fork(after_in_child=_forget)
+
+
+def requested() -> str | None:
+    """The name of the signal that came, "SIGTERM"; None where none did."""
+    return _requested
+
+
+@contextmanager
+def raising() -> Iterator[None]:
+    """Within the block a request raises StopRequested in the main thread, once; one that came before it, at once."""
+    global _raise_at_once
+    if _requested is not None:
+        raise StopRequested(_requested)
+    _raise_at_once = True
+    try:
+        yield
+    finally:
+        _raise_at_once = False
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    global _requested, _raise_at_once
+    _requested = _requested or signal.Signals(number).name
+    if _raise_at_once:
+        _raise_at_once = False  # a second signal must not break into the cleaning up after the first
+        raise StopRequested(_requested)
+
+
+def _forget() -> None:
+    """A forked child, a data worker, is ended by SIGTERM as any process."""
+    global _requested, _raise_at_once
+    _requested, _raise_at_once = None, False
+    for number in SIGNALS:
+        if signal.getsignal(number) is _note:
+            signal.signal(number, signal.SIG_DFL)
