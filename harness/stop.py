@@ -21,6 +21,7 @@ SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
 
 _requested: str | None = None
 _raise_at_once = False
+_at_fork = False
 
 
 class StopRequested(BaseException):
@@ -29,9 +30,12 @@ class StopRequested(BaseException):
 
 def install() -> None:
     """From now on SIGTERM and SIGUSR1 ask instead of killing. In the main thread; forked children are as before."""
+    global _at_fork
     for number in SIGNALS:
         signal.signal(number, _note)
-    os.register_at_fork(after_in_child=_forget)
+    if not _at_fork:  # which cannot be undone, and does nothing where the handlers are others
+        os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_forget)
+        _at_fork = True
 
 
 def requested() -> str | None:
@@ -60,6 +64,15 @@ def _note(number: int, frame: FrameType | None) -> None:
         raise StopRequested(_requested)
 
 
+def _hold() -> None:
+    """A signal that comes while a process forks must find the child's own handlers."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _let_go() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
 def _forget() -> None:
     """A forked child, a data worker, is ended by SIGTERM as any process."""
     global _requested, _raise_at_once
@@ -67,3 +80,4 @@ def _forget() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) is _note:
             signal.signal(number, signal.SIG_DFL)
+    _let_go()
