@@ -227,7 +227,7 @@ def _add_checkpoint_actions(command: argparse.ArgumentParser) -> None:
             parser.add_argument("--json", action="store_true", dest="as_json", help="for programs")
         if action in ("show", "verify"):
             which = "the newest good one" if action == "show" else "all"
-            parser.add_argument("--step", type=int, help=f"which checkpoint; default: {which}")
+            parser.add_argument("--step", type=_step_number, metavar="STEP", help=f"which checkpoint; default: {which}")
         if action == "prune":
             parser.add_argument("--dry-run", action="store_true", help="say what would be deleted, delete nothing")
 
@@ -235,6 +235,12 @@ def _add_checkpoint_actions(command: argparse.ArgumentParser) -> None:
 def _add_target(command: argparse.ArgumentParser, meaning: str) -> None:
     command.add_argument("target", metavar="config", help=meaning)
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
+
+
+def _step_number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not the number of a step")
+    return int(text)
 
 
 def parse(arguments: Sequence[str] | None) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class Forwarding:
     def _run(self, read: int) -> None:
         while True:
             if select.select([read], [], [], LOOK_AGAIN_SECONDS if self._arrived else None)[0]:
-                arrived = {number for number in SIGNALS if number in os.read(read, 4096)}
+                arrived = set(os.read(read, 4096)) & set(SIGNALS)
                 self._arrived |= arrived
                 self._passed_on = {pair for pair in self._passed_on if pair[0] not in arrived}
             if self._arrived:
@@ -73,11 +73,11 @@ class Forwarding:
 
     def _pass_on(self) -> None:
         with self._lock:  # held to the end of this process, so that no worker is left behind
-            if not self._started:
+            workers = children(os.getpid())
+            if not self._started and not workers:
                 names = " and ".join(sorted(signal.Signals(number).name for number in self._arrived))
                 say(f"{names} before any worker was started: exit status {EXIT_RESUME}, worth another start")
                 os._exit(EXIT_RESUME)
-        workers = children(os.getpid())
         for pair in ((number, worker) for number in self._arrived for worker in workers):
             if pair not in self._passed_on:
                 self._passed_on.add(pair)

@@ -92,11 +92,12 @@ class Trainer:
         self.layout, self.run = layout, run
         self.step, self.tokens_seen = 0, 0
         self.stopped_by: str | None = None
-        self._record: dict[str, Any] = {}  # of the last completed step
+        self._score: float | None = None  # the validation loss of the last completed step, where there is one
         self._unfinished: dict[str, Any] | None = None  # the record of a step that callbacks have not finished
         self._first_samples: dict[int, int] = {}  # of the last steps: where each began in the stream
         self._channel = layout.channel()
-        self.store = CheckpointStore(run.checkpoints, layout.rank, layout.world_size, add_up=self._channel.add_up)
+        add_up = layout.channel().add_up  # of its own, for the thread that saves
+        self.store = CheckpointStore(run.checkpoints, layout.rank, layout.world_size, add_up=add_up)
         self.micro_batch = settings.train.micro_batch_on(layout.data_size)
         settings.check_sequences(layout.section)
         settings.model.check_divides(layout.tensor_size)  # all of this before the first text is read
@@ -183,8 +184,11 @@ class Trainer:
         try:
             self._call("after_step", record)
         except Interrupted:
+            self._score = None
             return self._unfinished
-        self._record, self._unfinished = record, None
+        self._unfinished = None
+        score = record.get("validation_loss", math.nan)
+        self._score = score if math.isfinite(score) else None
         self.run.log_metrics(record["step"], record)
         self._call("after_record", record)
         return record
@@ -284,6 +288,7 @@ class Trainer:
             return True
         if policy == "rollback":
             back = self.settings.faults.rollback_steps
+            self.saving.settle(step)
             target = newest_verified(self.store, self.layout, self._channel, before=step - back + 1)
             if target is not None:
                 self._roll_back(target, step, details)
@@ -302,7 +307,6 @@ class Trainer:
         first = max(step - self.settings.faults.rollback_steps + 1, min(self._first_samples))
         window = self._first_samples[first], self.stream.consumed_samples
         skipped = [*self.stream.state_dict()["skipped"], window]
-        self.saving.settle(step)
         abandoned = [later for later in self.store.steps() if later > target]
         self._restore(self.store.read_state(target), keep_decisions=True)
         for start, end in skipped:
@@ -327,12 +331,11 @@ class Trainer:
     def save(self, abandoned: Sequence[int] = ()) -> None:
         """Begin a checkpoint of the last completed step, once the one before is written; once it is committed, the
         `abandoned` steps and those that are no longer to be kept are deleted."""
-        scored = self._record.get("step") == self.step and math.isfinite(self._record.get("validation_loss", math.nan))
         state = {
             "step": self.step,
             "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "layout": self.layout.axes,
-            "validation_loss": self._record["validation_loss"] if scored else None,
+            "validation_loss": self._score,
             "tokens_seen": self.tokens_seen,
             "stream": self.stream.state_dict(),
             "first_samples": [list(pair) for pair in self._first_samples.items()],
@@ -375,6 +378,7 @@ class Trainer:
         self.engine.refresh_weights()
         self.stream.load_state_dict(state["stream"])
         self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+        self._score = state.get("validation_loss")
         self._first_samples = dict(state.get("first_samples", []))
         self.judge.load_state_dict(state.get("faults", {}), keep_decisions=keep_decisions)
         for callback in self.callbacks:

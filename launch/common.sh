@@ -1,9 +1,13 @@
 # shellcheck shell=bash
-# What local.sh and torchrun.sh share. They source it below their block of variables, which it reads.
+# What the scripts share. They source it below their block of variables, which it reads.
 
-# One line on stderr and exit status 2; nothing has started yet.
+# SLURM's --signal reaches every process of a step. Ignored is what the launcher inherits through exec, until it and the
+# workers have handlers of their own; by default this shell, or Python while it starts, would die of it.
+trap '' USR1
+
+# One line on stderr and exit status 2; nothing has started yet. SCRIPT_NAME: where $0 does not say it (SLURM).
 refuse() {
-    printf 'launch/%s: error: %s\n' "${0##*/}" "$*" >&2
+    printf 'launch/%s: error: %s\n' "${SCRIPT_NAME:-${0##*/}}" "$*" >&2
     # A task of srun: let the line through first, as srun ends the step, its output too, on the first bad exit.
     [[ -z ${SLURM_PROCID:-} ]] || sleep 2
     exit 2

@@ -16,5 +16,5 @@ choose_processes 2
 choose_python
 
 # Ranks keep this terminal for their output; the status is not 0 if any of them fails, and the others are ended.
-start "$python" -m torch.distributed.run --standalone --nproc-per-node="$NPROC_PER_NODE" --max-restarts=0 \
+start "$python" -m harness.launcher --standalone --nproc-per-node="$NPROC_PER_NODE" --max-restarts=0 \
     -m harness train "$@"

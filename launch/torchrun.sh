@@ -70,5 +70,5 @@ choose_processes 1
 choose_python
 
 # Ranks keep this terminal for their output; the status is not 0 if any rank of this machine fails.
-start "$python" -m torch.distributed.run --nnodes="$NNODES" --nproc-per-node="$NPROC_PER_NODE" "${rendezvous[@]}" \
+start "$python" -m harness.launcher --nnodes="$NNODES" --nproc-per-node="$NPROC_PER_NODE" "${rendezvous[@]}" \
     --max-restarts=0 -m harness train "$@"

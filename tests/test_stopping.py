@@ -143,15 +143,19 @@ def test_one_request_is_raised_once_and_not_outside(tmp_path: Path) -> None:
     os.kill(os.getpid(), signal.SIGUSR1)
     assert stop.requested() == "SIGUSR1"
     forget()
-    cleaned = False
-    with pytest.raises(stop.StopRequested), stop.raising():
+    cleaned = []
+
+    def work() -> None:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
-            cleaned = True
+            cleaned.append(True)
+
+    with pytest.raises(stop.StopRequested), stop.raising():
+        work()
     assert cleaned
 
 

@@ -86,6 +86,7 @@ class FaultsSection(Section):
     most: int = Field(10, ge=1)
     """Stop at the next fault after so many skips and rollbacks without window_steps good steps in a row in between."""
 
-    hung_after_seconds: float | None = Field(1800.0, gt=0)
+    hung_after_seconds: float | None = Field(540.0, gt=0)
     """End a run (with exit status 75, and the stack traces of all ranks) in which some rank makes no progress for so
-    long; a step and a batch of validation must be shorter. null: never."""
+    long; a step (the first one with train.compile, too) and a batch of validation must be shorter. Keep it below
+    parallel.timeout_seconds, which ends a collective in an error. null: never."""

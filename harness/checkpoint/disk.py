@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -23,6 +24,14 @@ def make_folders(folder: Path) -> None:
     for place in reversed(missing):
         place.mkdir(exist_ok=True)
         sync(place.parent)
+
+
+def remove(path: Path) -> None:
+    """A folder with all that is in it; of a link the link alone. Nothing there is nothing to do."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def plain_file_problem(path: Path, size: int | None = None) -> str | None:

@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from .errors import CheckpointError
-from .manifest import Manifest, read_manifest
+from .manifest import Manifest, printable, read_manifest
 from .retention import Pruner, Retention, score_in
 from .store import CheckpointStore
 
@@ -44,7 +44,8 @@ def list_steps(store: CheckpointStore, *, as_json: bool = False) -> str:
 def show_step(store: CheckpointStore, step: int | None, *, as_json: bool = False) -> str:
     """What a step (None: the newest that is whole) holds. Raises CheckpointError where there is none, or a damaged one.
 
-    For people the state is shown without the settings, which config.yaml has; as JSON it is complete.
+    For people the state is shown without the settings, which config.yaml has, and long values are cut; as JSON it is
+    complete.
     """
     if step is None:
         step = store.latest_good()
@@ -58,11 +59,11 @@ def show_step(store: CheckpointStore, step: int | None, *, as_json: bool = False
         for key, tensor in manifest.tensors.items()
     }
     if as_json:
-        identity = {"folder": str(store._folder_of(step)), "format": manifest.format, "version": manifest.version}
+        identity = {"folder": str(store.folder_of(step)), "format": manifest.format, "version": manifest.version}
         files = {name: file.model_dump() for name, file in manifest.files.items()}
         rest = {"parameters": parameters, "state": manifest.state, "files": files, "tensors": tensors}
         return json.dumps(identity | summary | rest, indent=1)
-    state = {key: value for key, value in manifest.state.items() if key != "settings"}
+    state = [f"  {printable(key)}: {_short(value)}" for key, value in manifest.state.items() if key != "settings"]
     loss = summary["validation_loss"]
     facts = [
         ("format", f"{manifest.format} {manifest.version}"),
@@ -77,8 +78,8 @@ def show_step(store: CheckpointStore, step: int | None, *, as_json: bool = False
         (key, " x ".join(map(str, tensor.shape)) or "scalar", tensor.dtype, str(len(tensor.fragments)))
         for key, tensor in manifest.tensors.items()
     ]
-    lines = [str(store._folder_of(step)), *(f"  {name:<16}{value}" for name, value in facts), ""]
-    lines += ["state, without the settings:", json.dumps(state, indent=2), ""]
+    lines = [str(store.folder_of(step)), *(f"  {name:<16}{value}" for name, value in facts), ""]
+    lines += ["state, without the settings:", *state, ""]
     lines += _columns([("tensor", "shape", "dtype", "boxes"), *rows], right=(3,))
     return "\n".join(lines)
 
@@ -93,7 +94,7 @@ def verify_steps(store: CheckpointStore, step: int | None = None) -> Iterator[tu
     if not steps:
         raise CheckpointError(f"{store.folder}: no checkpoints")
     for number in steps:
-        store._folder_of(number)  # says so where there is none
+        store.folder_of(number)  # says so where there is none
         problems = store.verify(number)
         if problems:
             yield "\n".join([f"step {number}: damaged", *(f"  {problem}" for problem in problems)]), False
@@ -137,7 +138,7 @@ def _summary(store: CheckpointStore, step: int) -> dict[str, Any]:
     manifest: Manifest | None = None
     problem = None
     try:
-        manifest = read_manifest(store._folder_of(step), step)
+        manifest = read_manifest(store.folder_of(step), step)
     except CheckpointError as error:
         problem = str(error)
     layout = manifest.state.get("layout") if manifest else None
@@ -159,7 +160,7 @@ def _committed(store: CheckpointStore, step: int, state: dict[str, Any]) -> str:
         moment = moment.replace(tzinfo=moment.tzinfo or UTC)
     except (KeyError, TypeError, ValueError):
         try:
-            moment = datetime.fromtimestamp(store._folder_of(step).stat().st_mtime, UTC)
+            moment = datetime.fromtimestamp(store.folder_of(step).stat().st_mtime, UTC)
         except (CheckpointError, OSError):
             return "-"
     return moment.astimezone(UTC).isoformat(timespec="seconds")
@@ -178,6 +179,12 @@ def _columns(rows: Sequence[Sequence[str]], right: Sequence[int]) -> Iterator[st
 
 def _text(value: object) -> str:
     return "-" if value is None else str(value)
+
+
+def _short(value: object, most: int = 100) -> str:
+    """A value as JSON, on one line of a terminal."""
+    text = json.dumps(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def _count(number: int, noun: str) -> str:

@@ -133,7 +133,7 @@ def read_manifest(folder: Path, step: int, *, check_files: bool = True) -> Manif
         manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = "".join(f"{_printable(str(part))}." for part in first["loc"]).rstrip(".")
+        where = "".join(f"{printable(str(part))}." for part in first["loc"]).rstrip(".")
         said = f"{where}: {first['msg']}, got {str(first['input'])[:80]!r}" if where else first["msg"]
         raise CheckpointError(f"{path}: {said}") from None
     if manifest.step != step:
@@ -161,7 +161,7 @@ def check_json(value: Any, path: str, depth: int = 0) -> None:
             if not isinstance(key, str):
                 raise CheckpointError(f"{path}: the key {key!r} is not text: JSON would give back another key")
             _check_text(key, path)
-            check_json(item, f"{path}.{_printable(key)}", depth + 1)
+            check_json(item, f"{path}.{printable(key)}", depth + 1)
     elif isinstance(value, list):
         for number, item in enumerate(value):
             check_json(item, f"{path}.{number}", depth + 1)
@@ -184,7 +184,7 @@ def _check_text(text: str, path: str) -> None:
         raise CheckpointError(f"{path}: {text[:80]!a} is not text in Unicode: a reader would refuse it") from None
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """`text` itself, or in quotes with escapes where it would break the line that it stands in."""
     return text if text.isprintable() else ascii(text)
 

@@ -110,7 +110,7 @@ class Pruner:
         return scores
 
     def _look_at(self, step: int) -> float | None:
-        folder = self.store._folder_of(step)
+        folder = self.store.folder_of(step)
         try:
             identity = tuple(_identity_of((folder / name).lstat()) for name in (MANIFEST, DIGEST))
         except OSError:

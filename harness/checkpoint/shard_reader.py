@@ -77,8 +77,12 @@ def copy_planned(folder: Path, copies: dict[str, list[Copy]]) -> None:
 def content_problem(folder: Path, name: str, file: StoredFile) -> str | None:
     """Why the bytes of a file are not those that were written; None where they are. Reads every byte."""
     problem = plain_file_problem(folder / name, file.bytes)
-    if problem is None and sha256_of(folder / name) != file.sha256:
-        problem = "digest differs from the manifest: the file is damaged"
+    if problem is None:
+        try:
+            if sha256_of(folder / name) != file.sha256:
+                problem = "digest differs from the manifest: the file is damaged"
+        except OSError as error:
+            problem = f"cannot be read ({error.strerror}): the file is damaged"
     return problem
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from harness.disk import sync
 from harness.parallel import Fragment
 
-from .disk import make_folders, write_synced
+from .disk import make_folders, remove, write_synced
 from .errors import CannotWriteError, CheckpointError
 from .manifest import Manifest, Part, StoredFile, check_json, merge, read_manifest, write_manifest
 from .shard_reader import content_problem, copy_planned, plan_copies
@@ -131,14 +131,14 @@ class CheckpointStore:
 
     def delete(self, step: int) -> None:
         """Remove a step. It is renamed first, so that a half-deleted one is never found."""
-        self._folder_of(step)  # says so where there is none
+        self.folder_of(step)  # says so where there is none
         while step in self.steps():
-            folder = self._folder_of(step)
+            folder = self.folder_of(step)
             doomed = self.folder / f".tmp-deleted-{folder.name}"
-            shutil.rmtree(doomed, ignore_errors=True)
+            remove(doomed)
             folder.rename(doomed)
             sync(self.folder)
-            shutil.rmtree(doomed)
+            remove(doomed)
 
     def clean(self) -> list[str]:
         """Clear away what a kill left behind; the names of the folders. Only where nothing is being saved."""
@@ -147,11 +147,11 @@ class CheckpointStore:
             if entry.name.startswith(".replaced-"):
                 original = self.folder / entry.name.removeprefix(".replaced-")
                 if original.exists():
-                    shutil.rmtree(entry)
+                    remove(entry)
                 else:
                     entry.rename(original)
             elif entry.name.startswith(".tmp-"):
-                shutil.rmtree(entry)
+                remove(entry)
             else:
                 continue
             cleared.append(entry.name)
@@ -165,6 +165,17 @@ class CheckpointStore:
             return []
         matches = [_STEP_FOLDER.fullmatch(entry.name) for entry in self.folder.iterdir() if entry.is_dir()]
         return sorted({int(match[1]) for match in matches if match})
+
+    def folder_of(self, step: int) -> Path:
+        """Where a step lies: in its own folder, or set aside by a save of the same step that was killed.
+
+        Raises CheckpointError where there is none.
+        """
+        for folder in (self.folder / _folder_name(step), self.folder / f".replaced-{_folder_name(step)}"):
+            if folder.is_dir():
+                return folder
+        there = ", ".join(map(str, self.steps())) or "none"
+        raise CheckpointError(f"{self.folder}: has no step {step}; steps there: {there}")
 
     def latest_good(self, *, before: int | None = None, verify: bool = False, strict: bool = False) -> int | None:
         """The newest step (older than `before`) that is whole; None where there is none.
@@ -188,14 +199,14 @@ class CheckpointStore:
         if strict:
             raise CheckpointError(
                 f"{problems[0]}{more}; checkpoint.strict lets no earlier step take its place: restore or move away "
-                f"{self._folder_of(step)}"
+                f"{self.folder_of(step)}"
             )
         logger.warning("checkpoint of step %d is passed over: %s%s", step, problems[0], more)
 
     def manifest(self, step: int) -> Manifest:
         """The manifest of a step, checked (see read_manifest). Raises CheckpointError."""
         try:
-            return read_manifest(self._folder_of(step), step)
+            return read_manifest(self.folder_of(step), step)
         except CheckpointError as error:
             raise CheckpointError(f"{error}{self._advice(step)}") from None
 
@@ -208,11 +219,11 @@ class CheckpointStore:
 
         `share` (number, of how many) leaves out the files that other ranks read.
         """
-        try:
-            manifest = read_manifest(self._folder_of(step), step)
+        try:  # every damaged file is named, so the first that is missing is not the end
+            manifest = read_manifest(self.folder_of(step), step, check_files=False)
         except CheckpointError as error:
             return [str(error)]
-        return self._damaged(self._folder_of(step), _deal_out(manifest.files, *share))
+        return self._damaged(self.folder_of(step), _deal_out(manifest.files, *share))
 
     def load(
         self, step: int, into: Iterable[Fragment], *, verify: bool = True, allow_unused: bool = False
@@ -224,7 +235,7 @@ class CheckpointStore:
         are hashed first. Raises CheckpointError, in every case before any memory is touched.
         """
         manifest = self.manifest(step)
-        folder = self._folder_of(step)
+        folder = self.folder_of(step)
         copies = plan_copies(manifest, list(into), str(folder), allow_unused=allow_unused)
         needed = {name: manifest.files[name] for name in sorted(copies)}
         for problem in self._damaged(folder, needed) if verify else ():
@@ -237,17 +248,9 @@ class CheckpointStore:
             problems = list(pool.map(lambda name: content_problem(folder, name, files[name]), files))
         return [f"{folder / name}: {problem}" for name, problem in zip(files, problems, strict=True) if problem]
 
-    def _folder_of(self, step: int) -> Path:
-        """Where a step lies: in its own folder, or set aside by a save of the same step that was killed."""
-        for folder in (self.folder / _folder_name(step), self.folder / f".replaced-{_folder_name(step)}"):
-            if folder.is_dir():
-                return folder
-        there = ", ".join(map(str, self.steps())) or "none"
-        raise CheckpointError(f"{self.folder}: has no step {step}; steps there: {there}")
-
     def _manifest_problems(self, step: int) -> list[str]:
         try:
-            read_manifest(self._folder_of(step), step)
+            read_manifest(self.folder_of(step), step)
         except CheckpointError as error:
             return [str(error)]
         return []

@@ -197,8 +197,9 @@ class Watch:
     def _end(self, verdict: Verdict, say: bool) -> None:
         """End this process, unless its main thread is about to."""
         if self._leaving:
-            return self._over.set()
-        self.ending.end(verdict, say=say, others_told=self._hub.told if self._hub is not None else None)
+            self._over.set()
+        else:
+            self.ending.end(verdict, say=say, others_told=self._hub.told if self._hub is not None else None)
 
     def _end_overdue(self, reason: Told) -> None:
         time.sleep(_PATIENCE_SECONDS)

@@ -22,7 +22,7 @@ from .ending import Ending
 
 
 class Watchdog:
-    """Off until `arm`. To be used by the main thread; `alive` costs two references and a look at the clock.
+    """Off until `arm`. The main thread's, but for `alive`, which costs two references and a look at the clock.
 
     Every rank then appends the stack traces of all its threads to its `stacks_file` and ends with EXIT_RESUME.
     """

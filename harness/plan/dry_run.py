@@ -22,6 +22,8 @@ from .activations import Workload, kept_terms, loss_bytes, outside_terms, recomp
 from .config import DryRunSection
 from .job import Job
 
+FP32_BYTES = 4
+
 
 @dataclass(frozen=True)
 class ParameterShape:
@@ -54,6 +56,7 @@ class DryRun:
     work: Workload
     global_batch_size: int
     loss_bytes: int
+    asynchronous_saves: bool
 
     @property
     def padding(self) -> int:
@@ -72,10 +75,18 @@ class DryRun:
         return round(a_token * self.work.tokens)
 
     @property
+    def staging_bytes(self) -> int:
+        """Host memory for the copy of masters and moments that a checkpoint is written from: this rank's share."""
+        share = -(-self.elements // self.data_size)
+        return 3 * FP32_BYTES * share if self.asynchronous_saves else 0
+
+    @property
     def total_bytes(self) -> int:
-        """State and activations, with the loss or a block's recomputation on top, whichever is more."""
+        """State and activations, with the loss or a block's recomputation on top, whichever is more; on the CPU the
+        copy for checkpoints too."""
         on_top = max(self.loss_bytes, recomputed_bytes(self.work))
-        return sum(part.bytes for part in self.state) + self.activation_bytes + on_top
+        staging = self.staging_bytes if self.work.on_host else 0
+        return sum(part.bytes for part in self.state) + staging + self.activation_bytes + on_top
 
     @property
     def micro_batches(self) -> int:
@@ -133,6 +144,7 @@ def lay_out(job: Job) -> DryRun:
             work=work,
             global_batch_size=job.train.global_batch_size,
             loss_bytes=loss_bytes(work, len(model.head.weight), head.shape[0]),
+            asynchronous_saves=job.checkpoint.asynchronous,
         )
 
 

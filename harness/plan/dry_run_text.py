@@ -83,6 +83,9 @@ def _memory(run: DryRun) -> Iterator[str]:
         if part.kind == "buffers":
             divided = ""
         rows.append([name, f"{part.elements:,} x {part.element_bytes}", _size(part.bytes), divided])
+    if run.staging_bytes:
+        where = "divided" if run.work.on_host else "divided; in host memory, not in the total"
+        rows.append(["copy for checkpoints (checkpoint.asynchronous)", "", _size(run.staging_bytes), where])
     rows.append(["activations (estimate)", "", _size(run.activation_bytes), "a micro-batch"])
     rows.append(["loss (estimate)", "", _size(run.loss_bytes), "a micro-batch"])
     again = recomputed_bytes(run.work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from harness.callbacks import CheckpointSection
 from harness.data import DataSection
 from harness.model import LossSection, ModelSection
 from harness.optim import OptimizerSection
@@ -50,6 +51,9 @@ class Job(Protocol):
 
     @property
     def train(self) -> TrainView: ...
+
+    @property
+    def checkpoint(self) -> CheckpointSection: ...
 
     def check_sequences(self, parallel: ParallelSection) -> None: ...
 

@@ -1,9 +1,10 @@
-"""Saving beside the loop: what a run does while a checkpoint is written, when the disk refuses it, and what it keeps."""
+"""Saving beside the loop: while a checkpoint is written, when the disk refuses it, and what is kept."""
 
 from __future__ import annotations
 
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +248,7 @@ def test_a_copy_is_taken_and_its_memory_is_used_again() -> None:
     assert [part.tensor.data_ptr() for part in again] == [part.tensor.data_ptr() for part in first]
     assert all(torch.equal(part.tensor, tensor) for part, tensor in zip(again, tensors, strict=True))
     starts = sorted((part.tensor.data_ptr(), part.tensor.nbytes) for part in again if part.tensor.numel())
-    assert all(start + size <= other for (start, size), (other, _) in zip(starts, starts[1:], strict=False))
+    assert all(start + size <= other for (start, size), (other, _) in pairwise(starts))
 
 
 def test_two_saves_may_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

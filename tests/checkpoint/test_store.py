@@ -233,6 +233,21 @@ def test_a_failing_disk_costs_nothing_that_was_there(tmp_path: Path, monkeypatch
     assert store.latest_good(verify=True) == 2
 
 
+def test_links_and_files_in_the_way_are_cleared_and_not_followed(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("kept")
+    store = CheckpointStore(tmp_path / "checkpoints")
+    store.save(1, whole_fragments(random_tensors(1)), {})
+    (store.folder / "step-00000002").symlink_to(outside)
+    (store.folder / ".tmp-step-00000007").symlink_to(outside)
+    (store.folder / ".tmp-file").write_text("left behind")
+    store.delete(2)
+    store.save(3, whole_fragments(random_tensors(3)), {})
+    assert (outside / "precious").read_text() == "kept"
+    assert sorted(path.name for path in store.folder.iterdir()) == ["step-00000001", "step-00000003"]
+
+
 def test_a_tensor_named_like_the_part_of_another(tmp_path: Path) -> None:
     tensor = torch.arange(4.0)
     parts = [Fragment("w", "master", (4,), (start,), tensor[start : start + 2]) for start in (0, 2)]

@@ -39,11 +39,14 @@ class Cluster:
     nodes = ("harness-node1", "harness-node2")
     """Names that do not resolve, as on a cluster whose nodes are known to SLURM by address only."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, slurmd_timeout_seconds: int = 300, kill_wait_seconds: int = 5) -> None:
+        """A node whose slurmd is silent for the first is down; jobs have the second between SIGTERM and SIGKILL."""
         # Not pytest's folder: a socket's path may have 107 characters, and munge wants folders that others may enter.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self._configuration = {"SLURM_CONF": str(self.folder / "slurm.conf")}
+        self._settings = [f"SlurmdTimeout={slurmd_timeout_seconds}", f"KillWait={kill_wait_seconds}"]
         self._daemons: list[subprocess.Popen[bytes]] = []
+        self._slurmd: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Cluster:
         try:
@@ -52,7 +55,7 @@ class Cluster:
             _wait_for((self.folder / "munge.socket").exists, "munged", self.folder / "munged.out")
             self._start("slurmctld", "-D")
             for node in self.nodes:
-                self._start("slurmd", "-D", "-N", node)
+                self.start_node(node)
             _wait_for(self._is_idle, "two idle nodes", self.folder / "slurmctld.out")
         except BaseException:
             self.close()
@@ -78,20 +81,32 @@ class Cluster:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
         return done.stdout
 
+    def show(self, job: str) -> dict[str, str]:
+        """What `scontrol show job` says: JobState, ExitCode, Restarts, ..."""
+        shown = self.run("scontrol", "--oneliner", "show", "job", job)
+        return dict(re.findall(r"(\w+)=(\S+)", shown))
+
     def wait(self, job: str, seconds: float) -> tuple[str, int]:
         """The job's last state and its exit status. (`sbatch --wait` would look after 2, 10, 42 s only.)"""
         deadline = time.monotonic() + seconds
         while True:
-            shown = self.run("scontrol", "--oneliner", "show", "job", job)
-            state, status = (re.search(rf" {key}=(\w+)", shown) for key in ("JobState", "ExitCode"))
-            assert state is not None
-            assert status is not None
-            if state[1] not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
-                return state[1], int(status[1])
+            shown = self.show(job)
+            state, status = shown["JobState"], int(shown["ExitCode"].partition(":")[0])
+            if state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
+                return state, status
             if time.monotonic() > deadline:
                 self.run("scancel", job)
-                return f"{state[1]} after {seconds} s", int(status[1])
+                return f"{state} after {seconds} s", status
             time.sleep(0.3)
+
+    def start_node(self, node: str) -> None:
+        """Its slurmd, for the first time or after `kill_node`."""
+        self._slurmd[node] = self._start("slurmd", "-D", "-N", node)
+
+    def kill_node(self, node: str) -> None:
+        """Its slurmd, by SIGKILL; what runs on the node goes on."""
+        self._slurmd[node].kill()
+        self._slurmd[node].wait(timeout=10)
 
     def close(self) -> None:
         """End the daemons, and the jobs, whose processes are known by this cluster's configuration."""
@@ -116,7 +131,8 @@ class Cluster:
             "SlurmUser=root",
             "SlurmdUser=root",
             "AuthType=auth/munge",
-            f"AuthInfo=socket={folder}/munge.socket",
+            # A requeued job waits as long as a credential lives before it starts again: by default, two minutes.
+            f"AuthInfo=socket={folder}/munge.socket,cred_expire=10",
             f"StateSaveLocation={folder}/state",
             f"SlurmdSpoolDir={folder}/spool-%n",
             f"SlurmctldPidFile={folder}/slurmctld.pid",
@@ -130,7 +146,7 @@ class Cluster:
             "MpiDefault=none",
             "ReturnToService=2",
             "SlurmdParameters=config_overrides",
-            "KillWait=5",
+            *self._settings,
             # The job's rendezvous port comes from its number; another cluster on this machine would begin at 1 too.
             f"FirstJobId={secrets.randbelow(20000) + 1}",
             *(
@@ -145,17 +161,17 @@ class Cluster:
         names = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         return [f"--{option}={self.folder}/munge.{ending}" for option, ending in names.items()]
 
-    def _start(self, *command: str) -> None:
+    def _start(self, *command: str) -> subprocess.Popen[bytes]:
         with (self.folder / f"{command[0]}.out").open("ab") as output:
-            self._daemons.append(
-                subprocess.Popen(
-                    command,
-                    env={**environment(), **self._configuration},
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                )
+            daemon = subprocess.Popen(
+                command,
+                env={**environment(), **self._configuration},
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
+        self._daemons.append(daemon)
+        return daemon
 
     def _is_idle(self) -> bool:
         try:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LOCAL, TORCHRUN, SBATCH = ROOT / "launch/local.sh", ROOT / "launch/torchrun.sh", ROOT / "launch/slurm/train.sbatch"
+LOCAL, TORCHRUN = ROOT / "launch/local.sh", ROOT / "launch/torchrun.sh"
+SBATCH, REQUEUE = ROOT / "launch/slurm/train.sbatch", ROOT / "launch/slurm/requeue.sbatch"
 STEPS = 12
 RELATIVE = 1e-5
 START_SECONDS = 150

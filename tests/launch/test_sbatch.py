@@ -1,4 +1,7 @@
-"""train.sbatch with stand-ins for scontrol and srun: what it finds out about the allocation, and what it starts."""
+"""train.sbatch with stand-ins for scontrol and srun: what it finds out about the allocation, and what it starts.
+
+What requeue.sbatch does besides is in test_requeue_script.py.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +39,8 @@ esac
 class Spool:
     """A copy of the script outside of the repository, as SLURM runs it, and the programs it calls."""
 
-    def __init__(self, folder: Path) -> None:
-        self.script = shutil.copy(SBATCH, folder / "slurm_script")
+    def __init__(self, folder: Path, script: Path = SBATCH) -> None:
+        self.script = shutil.copy(script, folder / "slurm_script")
         self.srun = executable(folder / "bin/srun", SRUN)
         self.scontrol = executable(folder / "bin/scontrol", SCONTROL)
         self.folder = folder
@@ -80,7 +83,7 @@ def test_one_torchrun_a_machine(spool: Spool) -> None:
     assert first == f"job 1234567: {said}"
     assert [shlex.split(line) for line in commands] == [
         [
-            "OMP_NUM_THREADS=1", PYTHON, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=8",
+            "OMP_NUM_THREADS=1", PYTHON, "-m", "harness.launcher", "--nnodes=2", "--nproc-per-node=8",
             f"--node-rank={rank}", "--master-addr=127.0.0.9", f"--master-port={port}", "--rdzv-id=1234567",
             "--rdzv-conf=timeout=600", "--max-restarts=0", "-m", "harness", "train", *JOB,
         ]
@@ -97,7 +100,7 @@ def test_a_name_that_resolves_is_taken(spool: Spool) -> None:
     assert "--master-addr=localhost" in done.stdout
 
 
-@pytest.mark.parametrize("status", [1, 143])
+@pytest.mark.parametrize("status", [1, 75, 143])
 def test_the_status_of_srun_is_the_jobs(spool: Spool, status: int) -> None:
     executable(spool.srun, f"exit {status}")
     assert spool.run(*JOB).returncode == status

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.jobs import LOCAL, ROOT, SBATCH, TORCHRUN, environment, shown
+from tests.launch.jobs import LOCAL, ROOT, TORCHRUN, environment, shown
 
-SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), SBATCH]
+SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch/slurm").iterdir()])
+SOURCED = ("common.sh", "job.sh")
 JOB = ["my config.yaml", "run.name=two words", "x='single' \"double\" $HOME * \\"]
 PYTHON = f"{sys.prefix}/bin/python"
 STATIC = {"NNODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "localhost"}
@@ -47,7 +48,7 @@ def refused(script: Path, arguments: list[str], variables: dict[str, str]) -> st
 def test_clean(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
     text = script.read_text()
-    if script.name != "common.sh":
+    if script.name not in SOURCED:
         assert "set -euo pipefail\n" in text
         assert script.stat().st_mode & 0o111
     assert max(map(len, text.splitlines())) <= 120
@@ -111,7 +112,7 @@ def test_torchrun_refuses(variables: dict[str, str], line: str) -> None:
 
 
 def test_the_commands() -> None:
-    head, tail = [PYTHON, "-m", "torch.distributed.run"], ["--max-restarts=0", "-m", "harness", "train", *JOB]
+    head, tail = [PYTHON, "-m", "harness.launcher"], ["--max-restarts=0", "-m", "harness", "train", *JOB]
     assert command(LOCAL, NPROC_PER_NODE="3") == [*head, "--standalone", "--nproc-per-node=3", *tail]
     nodes = ["--nnodes=3", "--nproc-per-node=4"]
     static = ["--node-rank=2", "--master-addr=localhost", "--rdzv-id=harness", "--rdzv-conf=timeout=600"]
@@ -170,6 +171,19 @@ def test_the_command_is_run_and_its_status_passed_on(script: Path, variables: di
     words = done.stdout.split("|")
     assert words[:2] == ["6", "ib0"]
     assert words[-len(JOB) - 1 :] == [*JOB, ""]
+
+
+@pytest.mark.parametrize(("script", "variables"), [(LOCAL, {}), (TORCHRUN, STATIC)], ids=["local.sh", "torchrun.sh"])
+def test_the_signal_of_slurm_is_ignored_until_python_has_handlers(
+    script: Path, variables: dict[str, str], tmp_path: Path
+) -> None:
+    """One that comes while the script looks for Python, and one that comes after exec."""
+    fake = "kill -USR1 $PPID $$; [[ $1 == -c ]] || echo alive"
+    executable(tmp_path / "venv/bin/python", fake)
+    variables = environment(NPROC_PER_NODE="2", VENV=str(tmp_path / "venv"), **variables)
+    parent = ["bash", "-c", 'trap : USR1; "$@"; exit $?', "bash"]  # of the script, which the second signal reaches too
+    done = subprocess.run([*parent, str(script), *JOB], env=variables, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "alive\n", "")
 
 
 def test_the_python_is_found_and_looked_at(tmp_path: Path) -> None:

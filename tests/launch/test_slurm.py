@@ -5,19 +5,15 @@ Skipped, with the reason, where no SLURM can be started. HARNESS_KEEP_LOGS=FOLDE
 
 from __future__ import annotations
 
-import os
-import platform
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-import harness
 from tests.launch import cluster as slurm
 from tests.launch.jobs import RELATIVE, ROOT, START_SECONDS, STEPS, Quickstart, Series, largest_difference
+from tests.launch.logs import keep_log
 
 SBATCH = [
     "sbatch", "--parsable", "--nodes=2", "--cpus-per-task=2", "--time=5", "launch/slurm/train.sbatch",
@@ -52,8 +48,19 @@ def test_two_nodes_train_as_one_host_and_as_one_process(
     assert list(series) == list(range(1, STEPS + 1))
     assert largest_difference(series, one_host) < RELATIVE
     assert largest_difference(series, one_process) < RELATIVE
-    if "HARNESS_KEEP_LOGS" in os.environ:
-        keep_log(Path(os.environ["HARNESS_KEEP_LOGS"]), cluster, quickstart, log, (one_process, one_host, series))
+    rows = [
+        f"{step:4}  {one_process[step][0]:.8f}  {one_host[step][0]:.8f}  {series[step][0]:.8f}   "
+        f"{one_process[step][1]:.8f}  {one_host[step][1]:.8f}  {series[step][1]:.8f}"
+        for step in series
+    ]
+    parts = [
+        f"$ NPROC_PER_NODE=2 GLOO_SOCKET_IFNAME=lo {shlex.join([*SBATCH, *arguments])}\n{log}",
+        "step  loss of one process, of 4 on one host, of 2 nodes x 2   gradient norm of the same\n" + "\n".join(rows),
+        f"largest relative difference: {largest_difference(series, one_host):.1e} from one host, "
+        f"{largest_difference(series, one_process):.1e} from one process (bound {RELATIVE:g})",
+    ]
+    title = "launch/slurm/train.sbatch under slurmctld and two slurmd on one machine; from tests/launch/test_slurm.py"
+    keep_log("train_sbatch.log", title, parts, cluster, quickstart)
 
 
 def test_a_job_that_cannot_start_fails(cluster: slurm.Cluster, quickstart: Quickstart, tmp_path: Path) -> None:
@@ -65,37 +72,3 @@ def test_a_job_that_cannot_start_fails(cluster: slurm.Cluster, quickstart: Quick
     assert state == "FAILED"
     assert status in (2, 143)  # 143: a second task that SLURM ended because the first had failed
     assert "launch/torchrun.sh: error: VENV=/absent: has no bin/python" in log
-
-
-def keep_log(
-    folder: Path, cluster: slurm.Cluster, quickstart: Quickstart, log: str, runs: tuple[Series, Series, Series]
-) -> None:
-    """What a reader needs to believe the comparison, without this machine's paths."""
-    single, host, nodes = runs
-    rows = [
-        f"{step:4}  {single[step][0]:.8f}  {host[step][0]:.8f}  {nodes[step][0]:.8f}   "
-        f"{single[step][1]:.8f}  {host[step][1]:.8f}  {nodes[step][1]:.8f}"
-        for step in single
-    ]
-    versions = {
-        "slurm": cluster.run("sinfo", "--version").split()[-1],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "harness": harness.__version__,
-        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-    }
-    command = "NPROC_PER_NODE=2 GLOO_SOCKET_IFNAME=lo " + shlex.join([*SBATCH, *quickstart.arguments("slurm")])
-    parts = [
-        "launch/slurm/train.sbatch under slurmctld and two slurmd on one machine; from tests/launch/test_slurm.py",
-        "\n".join(f"{name}: {version}" for name, version in versions.items()),
-        "$ sinfo --Node --long\n" + cluster.run("sinfo", "--Node", "--long"),
-        f"$ {command}\n{log}",
-        "step  loss of one process, of 4 on one host, of 2 nodes x 2   gradient norm of the same\n" + "\n".join(rows),
-        f"largest relative difference: {largest_difference(nodes, host):.1e} from one host, "
-        f"{largest_difference(nodes, single):.1e} from one process (bound {RELATIVE:g})",
-    ]
-    text = "\n\n".join(part.strip("\n") for part in parts) + "\n"
-    for path, name in ((str(quickstart.folder), "TMP"), (sys.prefix, "VENV"), (str(ROOT), "HARNESS_ROOT")):
-        text = text.replace(path, f"${name}")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "train_sbatch.log").write_text(text.replace(platform.node(), "HOST"))

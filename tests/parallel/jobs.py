@@ -30,7 +30,11 @@ class Job:
         ]
         for process in self.processes:
             process.start()
-        wait_until(lambda: len([*folder.glob("ready-*")]) == world_size)
+        wait_until(lambda: self.is_ready() or not all(process.is_alive() for process in self.processes))
+        assert self.is_ready(), self.lines()
+
+    def is_ready(self) -> bool:
+        return len([*self.folder.glob("ready-*")]) == self.world_size
 
     def signal(self, number: int, *ranks: int) -> None:
         for rank in ranks:

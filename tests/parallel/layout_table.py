@@ -24,11 +24,10 @@ import numpy as np
 import torch
 
 from harness import runs
-from harness.checkpoint import CheckpointStore
 from harness.config import plain
-from harness.parallel import Fragment
 from harness.settings import Settings
 from harness.train import train
+from tests.parallel.layout_worker import whole_tensors
 from tests.small_run import small_settings
 
 STEPS = 20
@@ -218,15 +217,8 @@ def compare(run: Path, reference: Path) -> dict[str, float]:
 
 def masters(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
     """The master weights of a run's checkpoint, whole, whatever layout wrote them."""
-    store = CheckpointStore(run / "checkpoints")
-    tensors = store.manifest(step).tensors
-    weights = {
-        key.removeprefix("master/"): torch.empty(entry.shape)
-        for key, entry in tensors.items()
-        if key.startswith("master/")
-    }
-    store.load(step, [Fragment.whole(name, "master", weight) for name, weight in weights.items()])
-    return weights
+    tensors = whole_tensors(run, step)
+    return {key.removeprefix("master/"): tensor for key, tensor in tensors.items() if key.startswith("master/")}
 
 
 def run_fp32(folder: Path) -> list[dict[str, Any]]:

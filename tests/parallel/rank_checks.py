@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -263,8 +264,19 @@ def check_messages() -> None:
     with ParallelLayout(ParallelSection(device="cpu")) as layout:
         assert layout.first_decides(lambda: {"a": [layout.rank, 0.1]}) == {"a": [0, 0.1]}
         assert layout.first_number(layout.rank + 7) == 7
-        assert layout.all_agree(True)
-        assert not layout.all_agree(layout.rank != 1)
+        size = layout.world_size
+        assert layout.all_max([layout.rank == 1, -layout.rank, 5]) == [1, 0, 5]
+        # From threads too, beside collectives of the main thread, on two channels at a time.
+        channels = [layout.channel(), layout.channel()]
+        with ThreadPoolExecutor(2) as pool:
+            for turn in range(5):
+                sums = [pool.submit(channel.add_up, [layout.rank, turn, 0, -1]) for channel in channels]
+                layout.all_max([turn])
+                assert [each.result() for each in sums] == [[size * (size - 1) // 2, turn * size, 0, -size]] * 2
+                mine = [f"{turn}.{layout.rank}.{line}" for line in range(layout.rank)]
+                said = [f"{turn}.{rank}.{line}" for rank in range(size) for line in range(rank)]
+                assert channels[0].all_lines(mine) == said
+                assert channels[0].all_lines([]) == []
         assert layout.sum_over_data(torch.tensor(layout.rank + 1)) == sum(range(1, layout.world_size + 1))
 
         def refuse() -> None:

@@ -30,9 +30,9 @@ def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     """The folder, and what the ranks saw, which must be the same on each."""
     folder = tmp_path_factory.mktemp("decisions")
     worker = Path(__file__).with_name("decisions_worker.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-        + [str(worker), str(folder), json.dumps(request.param)],
+        [*launch, str(worker), str(folder), json.dumps(request.param)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         capture_output=True,

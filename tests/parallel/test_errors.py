@@ -60,7 +60,7 @@ def test_a_mistake_of_all_is_said_once(config: Path) -> None:
     assert " is nan; stopped before the optimizer step" in lines[0]
     stopped = [event for event in runs.read(config.parent / "runs" / "all").events if event["event"] == "stopped"]
     assert len(stopped) == 1
-    assert "NonFiniteError" in stopped[0]["reason"]
+    assert "FaultError" in stopped[0]["reason"]
 
 
 def test_a_refusal_of_rank_0_is_said_by_rank_0(config: Path) -> None:

@@ -9,7 +9,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from harness.parallel.hub import Connection, Hub
+import pytest
+
+from harness.parallel.hub import EXIT_FAILED, Connection, Hub, Verdict
+from harness.stop import EXIT_RESUME
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
@@ -111,3 +114,20 @@ def test_hub_stands_by_the_first_verdict() -> None:
     players[1].connection.close()
     assert Player(hub, 2).until("verdict") == verdict  # who comes late learns it too
     assert [message for message in players[0].heard if message["kind"] == "verdict"] == [verdict]
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "stacks"), [("failed", EXIT_FAILED, False), ("stopped", 75, False), ("hung", 75, True)]
+)
+def test_hub_passes_on_why(reason: str, status: int, stacks: bool) -> None:
+    assert EXIT_RESUME == 75
+    hub = Hub(3, 77, lost_after_seconds=30, interval_seconds=0.05)
+    players = [Player(hub, rank) for rank in range(3)]
+    players[2].connection.send("nonsense", text="no kind of verdict")
+    players[2].connection.send(reason, text="stopped by SIGTERM")
+    for player in players:
+        message = player.until("verdict")
+        del message["kind"]
+        verdict = Verdict(**message)
+        assert verdict == Verdict(reason, 2, "node2", "rank 2 on node2: stopped by SIGTERM")
+        assert (verdict.exit_status, verdict.wants_stacks) == (status, stacks)

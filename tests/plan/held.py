@@ -79,7 +79,7 @@ def forward_bytes(settings: Settings, layout: ParallelLayout | None = None) -> i
     with Made() as made:
         hidden = model.hidden_states(tokens, None, documents)
     if layout is not None:
-        layout.all_agree(True)  # the collectives before it have let go of their tensors
+        layout.all_max([0])  # the collectives before it have let go of their tensors
     held = made.bytes()
     del hidden
     return held
