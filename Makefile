@@ -1,6 +1,8 @@
 # Two commands: `make demo` and `make test`. Both create .venv on first use; nothing outside this folder is touched.
 PYTHON ?= python3
 VENV   ?= .venv
+# Test processes at a time; many tests start up to four processes each.
+WORKERS ?= 2
 PIP     = $(VENV)/bin/python -m pip
 
 .PHONY: demo test lint clean
@@ -9,7 +11,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/harness train quickstart
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup
 	$(MAKE) lint
 
 lint: $(VENV)/.installed-dev

@@ -307,15 +307,15 @@ class Trainer:
         first = max(step - self.settings.faults.rollback_steps + 1, min(self._first_samples))
         window = self._first_samples[first], self.stream.consumed_samples
         skipped = [*self.stream.state_dict()["skipped"], window]
-        abandoned = [later for later in self.store.steps() if later > target]
         self._restore(self.store.read_state(target), keep_decisions=True)
         for start, end in skipped:
             self.stream.skip(start, end)
+        # First the checkpoints, then the records: a resume must never begin at a step that is not recorded.
+        self.saving.delete_after(target)
         self.run.resume_at(target)
         self.run.log_event("rolled_back", step=step, to_step=target, skipped_samples=list(window), **details)
         logger.warning("step %d: %s; rolled back to step %d", step, details["reason"], target)
-        # Saved again with what was decided, so that a resume decides the same; then the steps that are void may go.
-        self.save(abandoned)
+        self.save()  # again, with what was decided, so that a resume does not have to decide it once more
 
     def _stop(self) -> None:
         """Commit what is done and say so."""
@@ -328,9 +328,9 @@ class Trainer:
 
     # ---- saving and starting ---------------------------------------------------------------------------------------
 
-    def save(self, abandoned: Sequence[int] = ()) -> None:
-        """Begin a checkpoint of the last completed step, once the one before is written; once it is committed, the
-        `abandoned` steps and those that are no longer to be kept are deleted."""
+    def save(self) -> None:
+        """Begin a checkpoint of the last completed step, once the one before is written; once it is committed, those
+        that are no longer to be kept are deleted."""
         state = {
             "step": self.step,
             "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -347,7 +347,7 @@ class Trainer:
             "settings": plain(self.settings),
         }
         self.run.sync()  # a checkpoint must not outlive the records that lead up to it
-        self.saving.begin(self.step, self.engine.fragments(owned=True), state, abandoned)
+        self.saving.begin(self.step, self.engine.fragments(owned=True), state)
 
     def close(self) -> None:
         """Wait for what is being written, and stop background work."""

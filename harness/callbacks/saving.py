@@ -31,11 +31,10 @@ class Saving(Callback):
     def __init__(
         self, section: CheckpointSection, store: CheckpointStore, layout: ParallelLayout, run: RunFolder
     ) -> None:
-        self.section, self._run, self._layout = section, run, layout
+        self.section, self._store, self._run, self._layout = section, store, run, layout
         self.last_step: int | None = None
         """Of the newest save that was begun."""
         self._retry_step: int | None = None
-        self._abandoned: list[int] = []
         retention = Retention(section.keep_last, section.keep_every_steps, section.keep_best)
         self._pruner = Pruner(store, retention) if layout.rank == 0 else None
         self._saver = Saver(
@@ -53,12 +52,10 @@ class Saving(Callback):
         if due or (self._retry_step is not None and trainer.step >= self._retry_step):
             trainer.save()
 
-    def begin(
-        self, step: int, fragments: Iterable[Fragment], state: dict[str, Any], abandoned: Iterable[int] = ()
-    ) -> None:
-        """Begin a checkpoint, when the one before has ended; once it is committed, `abandoned` steps are deleted."""
+    def begin(self, step: int, fragments: Iterable[Fragment], state: dict[str, Any]) -> None:
+        """Begin a checkpoint, when the one before has ended."""
         self.settle(step)
-        self._retry_step, self._abandoned = None, list(abandoned)
+        self._retry_step = None
         self._saver.start(step, fragments, state)
         self.last_step = step
         if not self.section.asynchronous:
@@ -107,6 +104,21 @@ class Saving(Callback):
             self._layout.watchdog.alive("waiting for the disk")
             save()
 
+    def delete_after(self, step: int) -> None:
+        """Delete the checkpoints of steps after `step`, a good one, while nothing is being written.
+
+        Raises CannotWriteError where one resists: a resume would take it for the newest of the run.
+        """
+        if self._pruner is None:
+            return
+        for later in [later for later in self._store.steps() if later > step]:
+            try:
+                self._store.delete(later)
+            except OSError as error:
+                raise CannotWriteError(
+                    f"{self._store.folder}: step {later}, which the run goes back behind, cannot be deleted: {error}"
+                ) from error
+
     def close(self) -> None:
         """Wait for what is being written."""
         self._saver.close()
@@ -114,5 +126,4 @@ class Saving(Callback):
     def _prune(self, step: int) -> None:
         """On the writing thread, when `step` is committed."""
         if self._pruner is not None:
-            self._pruner.delete(self._abandoned)
             self._pruner.prune()

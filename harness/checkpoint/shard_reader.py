@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from .disk import plain_file_problem
 from .dtypes import SAFETENSORS_NAMES, dtype_name
 from .errors import CheckpointError
 from .manifest import Manifest, StoredFile, StoredFragment
+from .tensor_file import read_tensor, tensor_starts
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,36 @@ def copy_planned(folder: Path, copies: dict[str, list[Copy]]) -> None:
             for copy in copies[name]:
                 _check_header(file, copy.source, copy.dtype, folder / name)
         for name, file in opened.items():
-            for copy in copies[name]:
-                # get_slice reads no more than the slice, but a scalar has no slices.
+            try:
+                _copy_from(folder / name, file, copies[name])
+            except OSError as error:
+                raise CheckpointError(f"{folder / name}: cannot be read: {error}") from None
+
+
+def _copy_from(path: Path, file: Any, copies: Sequence[Copy]) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        starts = tensor_starts(descriptor)
+        for copy in copies:
+            place = _place_in_one_piece(copy)
+            if place is not None:
+                read_tensor(descriptor, starts[copy.source.key] + place * copy.target.element_size(), copy.target)
+            else:  # get_slice reads no more than the slice, but a scalar has no slices
                 stored = file.get_slice(copy.source.key)[copy.part] if copy.part else file.get_tensor(copy.source.key)
                 copy.target.copy_(stored)
+    finally:
+        os.close(descriptor)
+
+
+def _place_in_one_piece(copy: Copy) -> int | None:
+    """The element of the stored box at which the part begins; None where the part has gaps there or in memory."""
+    if copy.target.device.type != "cpu" or not copy.target.is_contiguous():
+        return None
+    sizes, whole = [part.stop - part.start for part in copy.part], copy.source.shape
+    cut = next((dimension for dimension, size in enumerate(sizes) if size > 1), len(sizes))
+    if tuple(sizes[cut + 1 :]) != whole[cut + 1 :]:
+        return None
+    return sum(part.start * prod(whole[dimension + 1 :]) for dimension, part in enumerate(copy.part))
 
 
 def content_problem(folder: Path, name: str, file: StoredFile) -> str | None:

@@ -1,8 +1,10 @@
-"""A safetensors file written in one pass: each byte is handed to the disk once, and hashed meanwhile.
+"""A safetensors file written in one pass: each byte is handed to the disk once, and hashed meanwhile. And read, in
+one piece, into memory that is there already.
 
-The library's own writer copies all tensors first, and the file would have to be read again for its digest. The format
+The library's own writer copies all tensors first, and the file would have to be read again for its digest. Its reader
+maps the file: every page is a fault, and a disk that fails in the midst of it kills the process. The format
 (https://huggingface.co/docs/safetensors): the header's length as 8 bytes, little-endian; the header, JSON, padded with
-spaces; then the tensors without gaps. Reading is left to the library.
+spaces; then the tensors without gaps. Whether a header is a good one is left to the library.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from .dtypes import SAFETENSORS_NAMES, dtype_name
 from .manifest import StoredFile
 
 _PIECE_BYTES = 8 << 20
+_READ_BYTES = 1 << 30  # a single read gives no more than 2 GB
 _HASH_BESIDE_BYTES = 1 << 20  # below this, handing over to the other thread costs more than hashing
 
 
@@ -65,7 +68,34 @@ def write_tensor_file(
     return StoredFile(bytes=8 + len(text) + place, sha256=digest.hexdigest())
 
 
+def tensor_starts(descriptor: int) -> dict[str, int]:
+    """Where the bytes of each tensor begin in an open file, whose header was found good. Raises OSError."""
+    length = bytearray(8)
+    read_exactly(descriptor, memoryview(length), 0)
+    header = bytearray(int.from_bytes(length, "little"))
+    read_exactly(descriptor, memoryview(header), 8)
+    entries = json.loads(header)
+    entries.pop("__metadata__", None)
+    return {name: 8 + len(header) + entry["data_offsets"][0] for name, entry in entries.items()}
+
+
+def read_tensor(descriptor: int, start: int, into: torch.Tensor) -> None:
+    """Fill a contiguous tensor in host memory with the bytes from `start` on. Raises OSError."""
+    read_exactly(descriptor, _bytes_of(into), start)
+
+
+def read_exactly(descriptor: int, into: memoryview, start: int) -> None:
+    """Raises OSError, also where the file ends too early."""
+    done = 0
+    while done < len(into):
+        count = os.preadv(descriptor, [into[done : done + _READ_BYTES]], start + done)
+        if count == 0:
+            raise OSError(f"the file ends before byte {start + len(into)}")
+        done += count
+
+
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """A tensor's elements in order; no copy of one that is contiguous and in host memory."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    elements = tensor.detach().to("cpu").contiguous()
+    flat = elements.as_strided((elements.numel(),), (1,))  # a single element counts as contiguous at any stride
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -49,6 +49,7 @@ class ParallelLayout:
         self.forward_seeds = ForwardSeeds()
         self._processes: Processes | None = None
         self._owns_processes = False
+        self._awaited_verdict = False
 
     # ---- life ------------------------------------------------------------------------------------------------------
 
@@ -76,6 +77,8 @@ class ParallelLayout:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._owns_processes and self._processes is not None:
+            if error is not None:
+                self.await_verdict(error)
             self._processes.close(error)
             self._owns_processes = False
         self._processes = None
@@ -88,8 +91,12 @@ class ParallelLayout:
 
     def await_verdict(self, error: BaseException) -> None:
         """Where `error` is a collective's that another rank did not come to: wait to be ended by what is found about
-        that rank. Returns, in a bounded time, where nothing is found."""
-        if self._processes is not None and self._processes.watch is not None and is_collective_failure(error):
+        that rank. Returns, in a bounded time, where nothing is found; the second time at once. Leaving the context by
+        an error does it too."""
+        if self._processes is None or self._processes.watch is None or self._awaited_verdict:
+            return
+        if is_collective_failure(error):
+            self._awaited_verdict = True
             self._processes.watch.wait_for_verdict()
 
     @property

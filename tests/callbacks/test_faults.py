@@ -18,7 +18,7 @@ from harness.parallel import TorchEngine
 from harness.settings import Settings
 from harness.train import Trainer, train
 from tests.small_run import small_settings
-from tests.test_train import Killed, KillAfter, series
+from tests.test_train import KillAfter, Killed, series
 
 BATCH = 4
 

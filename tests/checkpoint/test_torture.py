@@ -7,16 +7,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from harness.checkpoint import CheckpointStore
 from harness.runs import RunFolder
 from harness.runs.event_files import EventFileWriter
+from harness.train import Trainer, train
 from tests.checkpoint.kills import POINTS
-from tests.checkpoint.records import BrokenRunError, check_tensorboard, difference, series
+from tests.checkpoint.records import BrokenRunError, check_tensorboard, difference, series, step_of
+from tests.checkpoint.torture_variants import VARIANTS
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "torture_checkpoints.py"
-VARIANTS = ("2 ranks, data", "gpt2, dropout, bf16, spike, rollback")
+SHORT = ("2 ranks, data", "gpt2, dropout, bf16, spike, rollback")
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs fork, and Linux's /proc")
@@ -25,7 +29,7 @@ def test_killed_at_every_point_and_still_the_same_run(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     command = [sys.executable, str(TOOL), "--kills", "16", "--least", "1", "--folder", str(tmp_path), "--out", str(out)]
     result = subprocess.run(
-        [*command, "--variants", *VARIANTS],
+        [*command, "--variants", *SHORT],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -38,6 +42,48 @@ def test_killed_at_every_point_and_still_the_same_run(tmp_path: Path) -> None:
     assert {point for point in POINTS if figures["kills_by_point"].get(point, 0) < 1} == set()
     assert figures["kills_of_two_ranks"] > 0
     assert [path.name for path in tmp_path.iterdir()] == [out.name], "nothing is left where nothing was wrong"
+
+
+class KilledError(BaseException):
+    """Not an Exception: nothing in between may swallow it."""
+
+
+@pytest.mark.parametrize("after", ["delete", "resume_at"])
+def test_killed_in_a_rollback_no_checkpoint_is_ahead_of_the_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    """Else the resume, if the fault does not come again, leaves a hole in metrics.jsonl."""
+    variant = VARIANTS["llama, non-finite loss, rollback"]
+    settings = variant.settings(tmp_path, "rolled")
+    assert variant.poison is not None
+    monkeypatch.setattr(Trainer, "_backward", Trainer._backward)  # given back at the end
+    variant.poison.apply()
+    owner: Any = CheckpointStore if after == "delete" else RunFolder
+    original, calls = getattr(owner, after), []
+
+    def killed_after(self: Any, step: int) -> None:
+        original(self, step)
+        calls.append(step)
+        if rolling_back:
+            raise KilledError
+
+    rolling_back = False
+    roll_back = Trainer._roll_back
+
+    def rolled_back(self: Trainer, *arguments: Any) -> None:
+        nonlocal rolling_back
+        rolling_back = True
+        roll_back(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_roll_back", rolled_back)
+    monkeypatch.setattr(owner, after, killed_after)
+    with pytest.raises(KilledError):
+        train(settings)
+    recorded = [step_of(line) for line in series(settings.run.path)]
+    steps = CheckpointStore(settings.run.path / "checkpoints").steps()
+    assert calls
+    assert recorded == list(range(1, len(recorded) + 1))
+    assert steps[-1] <= len(recorded)
 
 
 def record(folder: Path, losses: list[float], *, resume_at: int | None = None) -> None:

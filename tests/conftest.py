@@ -1,0 +1,23 @@
+"""Several test processes side by side: which tests stay together, and how many threads each process computes with."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+TOGETHER = {TESTS / "launch"}
+"""Folders whose files share fixtures of the session that are expensive."""
+
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:  # before torch is imported; the processes that tests start get it too
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        place = item.path.parent if item.path.parent in TOGETHER else item.path
+        item.add_marker(pytest.mark.xdist_group(str(place.relative_to(TESTS))))
