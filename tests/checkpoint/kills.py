@@ -62,7 +62,8 @@ class Plan:
     both: bool = False
     """The other rank is killed as well, as soon as this one is gone."""
     signal_at: int = 0
-    """Of "stop": at which operation of any kind the process asks itself to stop."""
+    """Of "stop": at which operation the process asks itself to stop, of those of `signal_point`."""
+    signal_point: str = "anywhere"
     seconds: float = 0.0
     """Of RANDOM: after the fork."""
 
@@ -165,7 +166,7 @@ class Trap:
             self.counts.update(points)
             if plan is not None:
                 fatal = plan.point in points and self.counts[plan.point] == plan.number
-                if plan.point == "stop" and self.counts["anywhere"] == plan.signal_at:
+                if plan.signal_point in points and self.counts[plan.signal_point] == plan.signal_at:
                     self._stopping = True
                     os.kill(os.getpid(), signal.SIGTERM)
             if fatal and plan is not None and not plan.after:

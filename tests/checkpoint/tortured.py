@@ -14,7 +14,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ PATIENCE_SECONDS = 120.0
 BOUND_SECONDS = 45.0
 """For the other rank of a job to end by itself, after one was killed: the longest of what parallel/watch.py states is
 timeout_seconds + 5 for ranks that have not met yet; the rest is for a busy machine."""
+
+_NEVER = 10**9
 
 
 @dataclass
@@ -177,7 +179,8 @@ class TorturedRun:
         both = self.variant.world_size > 1 and draw.random() < 0.3
         if not wanted and draw.random() < 0.25:
             return Plan(RANDOM, seconds=draw.uniform(0, 0.7 * self.whole["seconds"]), rank=rank, both=both)
-        point = draw.choice(wanted or possible)
+        often = [*possible, "rollback", "rollback"] if "rollback" in possible else possible  # it soon is no longer
+        point = draw.choice(wanted or often)
         counts = self.whole["counts"][rank]
         if point in ("snapshot", "rename", "prune") and not counts.get(point):
             rank, counts = 0, self.whole["counts"][0]  # the rank that commits and deletes
@@ -186,9 +189,14 @@ class TorturedRun:
         limit = max(2, round(limits.get(point, 0.3 * left * counts.get(point, 0))))
         # In a rollback and in a start more is at stake in the beginning than in what follows.
         share = draw.random() ** (2 if point in ("resume", "rollback") else 1)
-        number = 1 + int(limit * share)
-        signal_at = draw.randint(1, max(2, round(0.3 * left * counts["anywhere"]))) if point == "stop" else 0
-        return Plan(point, number, draw.random() < 0.5, rank, both, signal_at)
+        plan = Plan(point, 1 + int(limit * share), draw.random() < 0.5, rank, both)
+        if point != "stop":
+            return plan
+        # In the middle of a validation, half of them; and a quarter may come to their end.
+        where = draw.choice(("anywhere", "evaluation"))
+        number = plan.number if wanted or draw.random() < 0.75 else _NEVER
+        signal_at = draw.randint(1, max(2, round(0.3 * left * counts[where])))
+        return replace(plan, number=number, signal_at=signal_at, signal_point=where)
 
     def _is_possible(self, point: str, whole_steps: list[int]) -> bool:
         """Whether a start may well come to it."""

@@ -191,7 +191,7 @@ def test_the_shell_outlives_a_sigterm(job: Start) -> None:
     ],
 )
 def test_what_is_missing_is_said(job: Start, variables: dict[str, str], line: str) -> None:
-    done = job.start(**variables)
+    done = job.start(0, **variables)
     assert done.returncode == 2
     assert done.stderr.startswith(f"launch/slurm/requeue.sbatch: error: {line}")
     assert done.stderr.count("\n") == 1
