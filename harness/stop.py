@@ -29,7 +29,7 @@ class StopRequested(BaseException):
 
 
 def install() -> None:
-    """From now on SIGTERM and SIGUSR1 ask instead of killing. In the main thread; forked children are as before."""
+    """From now on SIGTERM and SIGUSR1 ask instead of killing. In the main thread; forked children die of SIGTERM."""
     global _at_fork
     for number in SIGNALS:
         signal.signal(number, _note)
@@ -74,10 +74,11 @@ def _let_go() -> None:
 
 
 def _forget() -> None:
-    """A forked child, a data worker, is ended by SIGTERM as any process."""
+    """A forked child, a data worker, is ended by SIGTERM as any process. SIGUSR1, which SLURM sends to every process of
+    a step, is its parent's to answer."""
     global _requested, _raise_at_once
     _requested, _raise_at_once = None, False
     for number in SIGNALS:
         if signal.getsignal(number) is _note:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     _let_go()

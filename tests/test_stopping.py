@@ -165,6 +165,7 @@ def test_forked_children_are_killed_as_ever() -> None:
     if child == 0:
         time.sleep(30)
         os._exit(0)
+    os.kill(child, signal.SIGUSR1)  # the parent's to answer
     os.kill(child, signal.SIGTERM)
     assert os.waitpid(child, 0)[1] == signal.SIGTERM
 

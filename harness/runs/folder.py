@@ -9,6 +9,8 @@ events.jsonl             append-only: starts, saves, signals, with reasons
 tensorboard/             a view of metrics.jsonl
 train.log                lines for people
 ranks/rank-00003.log     the same of the other ranks
+ranks/rank-00003.stacks  where a rank's threads stood when the job was ended because it hung, or a rank was lost
+slurm-starts.txt         launch/slurm/requeue.sbatch: each start of a job, and the checkpoint it began from
 checkpoints/             see harness.checkpoint
 """
 

@@ -27,7 +27,7 @@ SHORT = ("2 ranks, data", "gpt2, dropout, bf16, spike, rollback")
 def test_killed_at_every_point_and_still_the_same_run(tmp_path: Path) -> None:
     """One run on one rank, that is rolled back, and one on two; some kills at random times may come on top."""
     out = tmp_path / "figures.json"
-    command = [sys.executable, str(TOOL), "--kills", "16", "--least", "1", "--folder", str(tmp_path), "--out", str(out)]
+    command = [sys.executable, str(TOOL), "--kills", "14", "--least", "1", "--folder", str(tmp_path), "--out", str(out)]
     result = subprocess.run(
         [*command, "--variants", *SHORT],
         stdout=subprocess.PIPE,
@@ -38,7 +38,7 @@ def test_killed_at_every_point_and_still_the_same_run(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stdout
     figures = json.loads(out.read_text())
-    assert figures["kills"] == sum(figures["kills_by_point"].values()) >= 16
+    assert figures["kills"] == sum(figures["kills_by_point"].values()) >= 14
     assert {point for point in POINTS if figures["kills_by_point"].get(point, 0) < 1} == set()
     assert figures["kills_of_two_ranks"] > 0
     assert [path.name for path in tmp_path.iterdir()] == [out.name], "nothing is left where nothing was wrong"

@@ -65,7 +65,7 @@ class Checked(Callback):
             return
         run, step = self._resumed_from
         saved = whole_tensors(Path(run), step)
-        held = trainer.engine.fragments()  # also where several ranks hold the same part
+        held = list(trainer.engine.fragments())  # also where several ranks hold the same part
         assert {fragment.key for fragment in held} == saved.keys()
         for fragment in held:
             differing = differing_bytes(fragment.tensor, saved[fragment.key][fragment.slices])
