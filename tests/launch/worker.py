@@ -12,9 +12,8 @@ come: list[str] = []
 if how != "unprepared":
     for each in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(each, lambda number, frame: come.append(signal.Signals(number).name))
-print(f"worker {rank} is there", flush=True)
-
 try:
+    print(f"worker {rank} is there", flush=True)
     if how == "finish":
         sys.exit(0)
     if how == "error" and rank == "1":
