@@ -56,7 +56,7 @@ NOTES = [
     "bytes in pieces of 8 MB, written and flushed, or read into one buffer",
     "several_ranks: gloo processes on one machine, one thread each; every figure is the largest over the ranks. "
     "memory_bytes: by how much saving (the copy included) and loading (verification included) raise the resident set "
-    "of the process; held_bytes: the fragments that a rank loads into; read_bytes: verified, and then loaded",
+    "of the process; read_bytes: of the fragments that a rank loads, beside which it verifies its share of the files",
 ]
 
 Seconds = dict[str, float]

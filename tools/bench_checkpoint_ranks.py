@@ -39,11 +39,12 @@ def measure_rank(folder: Path, stage: int, rounds: int, result: Path) -> None:
         seen: list[dict[str, float]] = []
         saver = Saver(store)
         for _ in range(1 + rounds):
+            dist.barrier()  # all have read what goes now
             if layout.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
             row: dict[str, float] = {}
-            saver_memory = resident()
             dist.barrier()
+            before = resident()
             if not seen:
                 saver.reserve(owned)
             saver.start(1, owned, {})
@@ -51,9 +52,9 @@ def measure_rank(folder: Path, stage: int, rounds: int, result: Path) -> None:
             assert saved is not None
             assert saved.error is None, saved
             row |= {"stall_seconds": saved.stall_seconds, "save_seconds": saved.seconds}
-            row["save_memory_bytes"] = peak_resident() - saver_memory
+            row["save_memory_bytes"] = peak_resident() - before
             dist.barrier()
-            began, before = time.perf_counter(), resident()
+            before, began = resident(), time.perf_counter()
             assert store.verify(1, share=share) == []
             row["verify_seconds"] = time.perf_counter() - began
             dist.barrier()

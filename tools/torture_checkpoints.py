@@ -100,8 +100,12 @@ def in_processes(jobs: Iterator[Job | None], lanes: int) -> Iterator[dict[str, A
         if not running:
             return
         child, status = os.wait()
-        file = running.pop(child)
-        result = json.loads(file.read_text()) if file.exists() else {"failure": f"{file}: ended with status {status}"}
+        file, ended = running.pop(child), os.waitstatus_to_exitcode(status)
+        result = (
+            json.loads(file.read_text())
+            if file.exists()
+            else {"failure": f"{file} is missing: its process ended with {ended}"}
+        )
         failed = failed or "failure" in result
         yield result
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -23,7 +23,6 @@ from .manifest import StoredFile
 
 _PIECE_BYTES = 8 << 20
 _READ_BYTES = 1 << 30  # a single read gives no more than 2 GB
-_HASH_BESIDE_BYTES = 1 << 20  # below this, handing over to the other thread costs more than hashing
 
 
 def write_tensor_file(
@@ -47,24 +46,25 @@ def write_tensor_file(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
+    hashing: list[Future[None]] = []
     with path.open("xb") as file, ThreadPoolExecutor(1, thread_name_prefix="checkpoint-digest") as beside:
 
         def write(data: memoryview) -> None:
             for start in range(0, len(data), _PIECE_BYTES):
                 piece = data[start : start + _PIECE_BYTES]
-                hashing = beside.submit(digest.update, piece) if len(piece) >= _HASH_BESIDE_BYTES else None
+                hashing.append(beside.submit(digest.update, piece))
                 file.write(piece)
-                if hashing is None:
-                    digest.update(piece)
-                else:
-                    hashing.result()
                 on_written(len(piece))
 
         write(memoryview(len(text).to_bytes(8, "little") + text))
         for _, tensor in ordered:
             write(_bytes_of(tensor))
+            if not _shares_memory(tensor):
+                hashing[-1].result()  # so that copies don't pile up where the disk is faster
         file.flush()
         os.fsync(file.fileno())
+        for each in hashing:
+            each.result()
     return StoredFile(bytes=8 + len(text) + place, sha256=digest.hexdigest())
 
 
@@ -92,6 +92,11 @@ def read_exactly(descriptor: int, into: memoryview, start: int) -> None:
         if count == 0:
             raise OSError(f"the file ends before byte {start + len(into)}")
         done += count
+
+
+def _shares_memory(tensor: torch.Tensor) -> bool:
+    """Whether _bytes_of makes no copy."""
+    return tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

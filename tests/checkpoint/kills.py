@@ -83,24 +83,45 @@ class Memory:
 
 @dataclass(frozen=True)
 class Poison:
-    """Samples of the stream with which a step goes wrong, each time that they are trained on."""
+    """Samples of the stream with which a step goes wrong, until a rollback behind it is in a committed checkpoint: from
+    then on it is what was decided that keeps a run from training on them, and nothing else."""
 
     samples: tuple[int, ...]
     loss: float
     """Added to the mean loss of a micro-batch."""
 
-    def apply(self) -> None:
-        """In this process, from now on."""
-        original = Trainer._backward
+    def apply(self, decided: Path) -> None:
+        """In this process, from now on. `decided` is a file in which processes of a run note such rollbacks."""
+        over = {int(line) for line in decided.read_text().split()} if decided.exists() else set()
+        bad = [sample for sample in self.samples if sample not in over]
+        noticed: list[int] = []
+        backward, roll_back, save = Trainer._backward, Trainer._roll_back, CheckpointStore.save
 
         def spoiled(trainer: Trainer, batch: Any, tokens: int, *, last: bool) -> Any:
-            loss = original(trainer, batch, tokens, last=last)
-            stream, first = trainer.stream.state_dict(), trainer._first_samples[trainer.step + 1]
-            taken = [sample for sample in self.samples if first <= sample < stream["consumed_samples"]]
-            skipped = [sample for sample in taken for start, end in stream["skipped"] if start <= sample < end]
-            return loss + self.loss * tokens if len(taken) > len(skipped) else loss
+            loss = backward(trainer, batch, tokens, last=last)
+            return loss + self.loss * tokens if _taken(trainer, bad) else loss
+
+        def noted(trainer: Trainer, *arguments: Any) -> None:
+            noticed.extend(_taken(trainer, bad))  # no save is going on; the next one is that of the decision
+            roll_back(trainer, *arguments)
+
+        def saved(store: CheckpointStore, step: int, *arguments: Any) -> Path:
+            folder, behind = save(store, step, *arguments), list(noticed)
+            with decided.open("a") as file:
+                file.write("".join(f"{sample}\n" for sample in behind))
+            del noticed[: len(behind)]
+            return folder
 
         Trainer._backward = spoiled  # type: ignore[method-assign, assignment]
+        Trainer._roll_back = noted  # type: ignore[method-assign, assignment]
+        CheckpointStore.save = saved  # type: ignore[method-assign, assignment]
+
+
+def _taken(trainer: Trainer, samples: list[int]) -> list[int]:
+    """Those of `samples` that the step which is going on trains on."""
+    stream, first = trainer.stream.state_dict(), trainer._first_samples[trainer.step + 1]
+    skipped = [sample for sample in samples for start, end in stream["skipped"] if start <= sample < end]
+    return [sample for sample in samples if first <= sample < stream["consumed_samples"] and sample not in skipped]
 
 
 class Trap:
@@ -270,7 +291,7 @@ def train_in_child(
         trap = Trap(plan, memory)
         trap.lay()
         if poison is not None:
-            poison.apply()
+            poison.apply(log.with_suffix(".decided"))
         harness.train.peak_flops = lambda device, dtype: Peak(1e12, "not measured")
         result = harness.train.train(settings)
         status = 0 if result.stopped_by is None else stop.EXIT_RESUME

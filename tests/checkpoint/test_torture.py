@@ -56,8 +56,9 @@ def test_killed_in_a_rollback_no_checkpoint_is_ahead_of_the_records(
     variant = VARIANTS["llama, non-finite loss, rollback"]
     settings = variant.settings(tmp_path, "rolled")
     assert variant.poison is not None
-    monkeypatch.setattr(Trainer, "_backward", Trainer._backward)  # given back at the end
-    variant.poison.apply()
+    for target, name in ((Trainer, "_backward"), (Trainer, "_roll_back"), (CheckpointStore, "save")):
+        monkeypatch.setattr(target, name, getattr(target, name))  # given back at the end
+    variant.poison.apply(tmp_path / "decided")
     owner: Any = CheckpointStore if after == "delete" else RunFolder
     original, calls = getattr(owner, after), []
 

@@ -28,7 +28,7 @@ class Variant:
     def settings(self, folder: Path, name: str) -> Settings:
         sections: dict[str, dict[str, Any]] = {
             "run": {"name": name, "tensorboard": True},
-            "parallel": {"threads": 1, "timeout_seconds": 20.0, "lost_after_seconds": 5.0},
+            "parallel": {"threads": 1, "timeout_seconds": 30.0, "lost_after_seconds": 20.0},
             "train": {"steps": STEPS},
             "validation": {"every_steps": 4},
             "checkpoint": {"every_steps": 2, "keep_last": 3, "keep_every_steps": 8, "keep_best": 1},

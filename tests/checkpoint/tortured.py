@@ -27,7 +27,7 @@ from tests.checkpoint.torture_variants import STEPS, VARIANTS, Variant, folder_n
 
 PATIENCE_SECONDS = 120.0
 """For a process to end that is not killed."""
-BOUND_SECONDS = 45.0
+BOUND_SECONDS = 75.0
 """For the other rank of a job to end by itself, after one was killed: the longest of what parallel/watch.py states is
 timeout_seconds + 5 for ranks that have not met yet; the rest is for a busy machine."""
 
