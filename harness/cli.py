@@ -291,6 +291,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if said_elsewhere(error):
             return 1
         raise
+    finally:
+        if arguments is None:
+            stop.ignore()
 
 
 def said_elsewhere(error: BaseException) -> bool:

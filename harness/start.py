@@ -79,6 +79,8 @@ def starting_step(
     newest = None
     if settings.train.resume != "never":
         newest = newest_verified(store, layout, channel, strict=settings.checkpoint.strict)
+    if newest is None and store.steps():
+        logger.warning("%s: no good checkpoint is left; the run begins anew at step 1", store.folder)
     if newest is None and settings.train.resume == "must":
         raise HarnessError(f"{store.folder}: no good checkpoint to resume from, and train.resume is must")
     return newest

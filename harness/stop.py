@@ -38,6 +38,13 @@ def install() -> None:
         _at_fork = True
 
 
+def ignore() -> None:
+    """From now on neither signal does anything, to the very end of this process: Python's own end would let them kill
+    it again, and torchrun sends SIGTERM to the ranks that leave after the first."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def requested() -> str | None:
     """The name of the signal that came, "SIGTERM"; None where none did."""
     return _requested

@@ -100,12 +100,11 @@ def in_processes(jobs: Iterator[Job | None], lanes: int) -> Iterator[dict[str, A
         if not running:
             return
         child, status = os.wait()
-        file, ended = running.pop(child), os.waitstatus_to_exitcode(status)
-        result = (
-            json.loads(file.read_text())
-            if file.exists()
-            else {"failure": f"{file} is missing: its process ended with {ended}"}
-        )
+        file = running.pop(child)
+        if file.exists():
+            result = json.loads(file.read_text())
+        else:
+            result = {"failure": f"{file} is missing: its process ended with {os.waitstatus_to_exitcode(status)}"}
         failed = failed or "failure" in result
         yield result
 

@@ -61,7 +61,8 @@ class FaultsSection(Section):
     non_finite: Literal["stop", "skip", "rollback"] = "stop"
     """Where the loss or the gradient norm is not a number. stop: the run ends with an error. skip: the step's gradient
     is dropped; weights and moments stay, the step counts. rollback: the run goes back to the newest checkpoint that is
-    rollback_steps older and passes over the samples of the last rollback_steps steps."""
+    rollback_steps older and passes over the samples of the last rollback_steps steps; without such a checkpoint it
+    stops."""
 
     spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
     """The same where the loss (or the gradient norm, with grad_norm_deviations) rises far above its running mean."""
@@ -86,7 +87,7 @@ class FaultsSection(Section):
     most: int = Field(10, ge=1)
     """Stop at the next fault after so many skips and rollbacks without window_steps good steps in a row in between."""
 
-    hung_after_seconds: float | None = Field(540.0, gt=0)
+    hung_after_seconds: float | None = Field(540.0, ge=1)
     """End a run (with exit status 75, and the stack traces of all ranks) in which some rank makes no progress for so
     long; a step (the first one with train.compile, too) and a batch of validation must be shorter. Keep it below
     parallel.timeout_seconds, which ends a collective in an error. null: never."""

@@ -84,7 +84,7 @@ class Saving(Callback):
             raise saved.error
         self._retry_step = step + self.section.retry_steps
         self._run.log_event("save_failed", step=saved.step, reason=str(saved.error))
-        logger.warning("%s; the run goes on, and tries again at step %d", saved.error, self._retry_step)
+        logger.warning("%s; the run goes on, and tries again at step %d at the latest", saved.error, self._retry_step)
         return False
 
     def finish(self, step: int, save: Callable[[], None]) -> None:

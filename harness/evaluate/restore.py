@@ -25,9 +25,10 @@ class Restored:
 
 
 def restore(target: Path, *, step: int | None = None, device: torch.device | str = "cpu") -> Restored:
-    """The model of a run folder (newest good checkpoint, or `step`) or of a checkpoint folder inside one.
+    """The model of a run folder (newest checkpoint, or `step`) or of a checkpoint folder inside one.
 
-    Reads the master weights only. Raises HarnessError where there is no such run or checkpoint.
+    Reads the master weights only. Raises HarnessError where there is no such run or
+    checkpoint, or it is damaged.
     """
     run_folder = target
     if target.parent.name == "checkpoints":
@@ -39,7 +40,7 @@ def restore(target: Path, *, step: int | None = None, device: torch.device | str
             step = int(name)
     store = CheckpointStore(run_folder / "checkpoints")
     if step is None:
-        step = store.latest_good()
+        step = max(store.steps(), default=None)  # if it is damaged, that is said, and not another one taken for it
         if step is None:
             raise HarnessError(
                 f"{run_folder}: no run with a good checkpoint; give runs/NAME or runs/NAME/checkpoints/step-…"

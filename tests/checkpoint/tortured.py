@@ -135,6 +135,7 @@ class TorturedRun:
         self.variant, self.whole = VARIANTS[name], whole
         self.settings = self.variant.settings(root, f"{folder_name(name)}-killed-{number}")
         self.folder, self.log = self.settings.run.path, root / f"killed-{number}.log"
+        self.log.touch()
         self.plans_file = root / f"killed-{number}.plans.jsonl"
         self.expected = series(root / "runs" / folder_name(name))
         self.expected_folder = root / "runs" / folder_name(name)
@@ -157,7 +158,7 @@ class TorturedRun:
             if plan is not None:
                 with self.plans_file.open("a") as file:
                     file.write(json.dumps(asdict(plan)) + "\n")
-            said_before = self.log.stat().st_size if self.log.exists() else 0
+            said_before = self.log.stat().st_size
             outcome = start(self.settings, self.variant, plan, self.log)
             done = self._take(outcome, plan, self.log.read_bytes()[said_before:].decode(errors="replace"))
             self._look(whole_before)

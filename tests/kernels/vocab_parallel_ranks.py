@@ -131,11 +131,12 @@ class Ranks:
             return self.expect(False, f"{name} {tuple(got.shape)} {got.flatten()[:5]}, must be {wanted.flatten()[:5]}")
         if not got.numel():
             return None
-        limits = torch.finfo(got.dtype)
-        rounding = 0.505 * limits.eps if got.dtype in (torch.bfloat16, torch.float16) else 0.0
+        rounding, largest = 0.0, scale.double().abs().max().item()
+        if got.dtype in (torch.bfloat16, torch.float16):
+            limits = torch.finfo(got.dtype)
+            # Below the smallest normal number (6e-5 in fp16) what is lost no longer shrinks with the value.
+            rounding, largest = 0.505 * limits.eps, max(largest, limits.smallest_normal)
         off = (got.double() - wanted.double()).abs().max().item()
-        # Below the smallest normal number (6e-5 in fp16) what is lost no longer shrinks with the value.
-        largest = max(scale.double().abs().max().item(), limits.smallest_normal if rounding else 0.0)
         allowed = max(atol, (tolerance + rounding) * largest)
         return self.expect(off <= allowed, f"{name} is off by {off:.3g}, allowed {allowed:.3g}")
 
