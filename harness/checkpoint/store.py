@@ -28,7 +28,7 @@ from .shard_writer import write_fragments
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MAX_FILE_BYTES = 2 << 30
+DEFAULT_MAX_FILE_BYTES = 512 << 20  # several files, so that threads and ranks have something to share when they hash
 HASHING_THREADS = 4
 _STEP_FOLDER = re.compile(r"(?:\.replaced-)?step-(\d{8,})")
 _MANIFEST_SHARE = 0.01  # of the tensors' bytes, and no less than this:
