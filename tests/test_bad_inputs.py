@@ -148,10 +148,10 @@ def flip_byte(path: Path) -> None:
 
 # What is done to the only checkpoint of a run, and what evaluating that run says.
 DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
-    ("tensors-00000.safetensors", flip_byte, "tensors-00000.safetensors: "),
-    ("tensors-00000.safetensors", Path.unlink, "no run with a good checkpoint"),
-    ("manifest.json", flip_byte, "no run with a good checkpoint"),
-    ("manifest.sha256", Path.unlink, "no run with a good checkpoint"),
+    ("tensors-00000.safetensors", flip_byte, "tensors-00000.safetensors: digest differs from the manifest"),
+    ("tensors-00000.safetensors", Path.unlink, "tensors-00000.safetensors: cannot be read (No such file"),
+    ("manifest.json", flip_byte, "manifest.json: digest differs from manifest.sha256"),
+    ("manifest.sha256", Path.unlink, "manifest.sha256: cannot be read (No such file"),
 ]
 
 
@@ -163,6 +163,7 @@ def test_damaged_checkpoints(
     damage(folder / "checkpoints" / "step-00000001" / name)
     said = refused(capsys, "generate", str(folder))
     assert line in said
+    assert "; there is no earlier step" in said
     assert str(folder) in said
 
 

@@ -53,8 +53,12 @@ def settings(folder: Path, name: str, **sections: Any) -> Settings:
     return small_settings(
         folder,
         run={"name": name},
-        validation={"every_steps": 3, "samples": 8, "batch_size": 2},
-        **{"checkpoint": {"every_steps": 50}, "train": {"steps": 9}, **sections},
+        **{
+            "validation": {"every_steps": 3, "samples": 8, "batch_size": 2},
+            "checkpoint": {"every_steps": 50},
+            "train": {"steps": 9},
+            **sections,
+        },
     )
 
 
@@ -173,7 +177,8 @@ def test_forked_children_are_killed_as_ever() -> None:
 def test_the_command_line_exits_with_75(tmp_path: Path) -> None:
     """In the loop, and while it is still importing."""
     file = tmp_path / "run.yaml"
-    file.write_text(dump_yaml(settings(tmp_path, "asked", train={"steps": 100_000})))
+    # No validation: a step that is stopped in its validation is saved before it is recorded.
+    file.write_text(dump_yaml(settings(tmp_path, "asked", train={"steps": 100_000}, validation={"every_steps": None})))
     command = [sys.executable, "-m", "harness", "train", str(file)]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "runs" / "asked" / "metrics.jsonl"

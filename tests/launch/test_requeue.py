@@ -191,7 +191,7 @@ def test_a_job_goes_on_after_whatever_ended_its_starts(
 def test_scancel_saves_and_ends(cluster: slurm.Cluster, quickstart: Quickstart, one_process: Series) -> None:
     job = Job(cluster, quickstart, "cancelled")
     try:
-        job.submit("--time=5")
+        job.submit("--time=30")  # well above the 300 s before the limit at which it is asked to save
         job.until(lambda: bool(quickstart.series("cancelled")))
         cluster.run("scancel", job.number)
         state, _ = cluster.wait(job.number, START_SECONDS)
