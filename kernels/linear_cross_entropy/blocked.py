@@ -84,17 +84,18 @@ def mean_scale(
     return torch.where(divisor == 0, torch.zeros_like(divisor), 1.0 / divisor)
 
 
-def recomputed_gradients(
-    problem: Problem, token_weights: Tensor | None, upstream: Upstream, wanted: Wanted
-) -> list[Tensor | None]:
-    """Gradients of hidden, weight and bias, in the dtype of `Swept`, from what reaches each token's loss (before its
-    weight) and outputs from above, (N,) each."""
+def owed_by_token(problem: Problem, token_weights: Tensor | None, upstream: Upstream) -> Upstream:
+    """What `sweep` and the kernels take for what reaches each token's loss (before its weight) and outputs from above,
+    (N,) each: with the token's weight, and the factor 1/temperature that their gradients owe."""
     loss = torch.zeros_like(problem.targets, dtype=problem.dtype) if upstream.loss is None else upstream.loss
     if token_weights is not None:
         loss = loss * token_weights.to(loss.dtype)
-    upstream = upstream._replace(loss=loss)
     scale = 1.0 / problem.terms.temperature
-    upstream = Upstream(*(None if value is None else value * scale for value in upstream))
+    return Upstream(*(None if value is None else value * scale for value in upstream._replace(loss=loss)))
+
+
+def recomputed_gradients(problem: Problem, upstream: Upstream, wanted: Wanted) -> list[Tensor | None]:
+    """Gradients of hidden, weight and bias, in the dtype of `Swept`; `upstream` as `owed_by_token` makes it."""
     swept = sweep(problem, wanted, upstream)
     return [swept.hidden_grad, swept.weight_grad, swept.bias_grad]
 

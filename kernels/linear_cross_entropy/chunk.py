@@ -97,7 +97,7 @@ def replace_by_softmax(
     """
     logits = buffers["logits"]
     if not logits.shape[1]:
-        return _softmax_of_nothing(logits, terms, names)
+        return softmax_of_nothing(logits, terms, names)
     label_logit = logits.gather(1, labels)
     top = logits.argmax(1, keepdim=True) if "correct" in names or "max_prob" in names else None
     largest = logits.amax(1, keepdim=True) if top is None else logits.gather(1, top)
@@ -145,7 +145,7 @@ def _weighted_sum(values: Tensor, classes: ClassWeights | None) -> Tensor:
     return values @ classes.columns[:, None]
 
 
-def _softmax_of_nothing(logits: Tensor, terms: Terms, names: Collection[str]) -> Softmax:
+def softmax_of_nothing(logits: Tensor, terms: Terms, names: Collection[str]) -> Softmax:
     """Of a rank with nothing but padding: with −inf for its largest logit, its share of the probability will be 0."""
     zeros = logits.new_zeros(len(logits), 1)
     top = "correct" in names or "max_prob" in names

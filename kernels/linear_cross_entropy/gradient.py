@@ -89,6 +89,17 @@ def weigh(chunk: ChunkStatistics, upstream: Upstream) -> Coefficients:
     )
 
 
+def label_entry(chunk: ChunkStatistics, coefficients: Coefficients) -> Tensor:
+    """(n, 1): the derivative by the label's own logit, but for the factors of the rows and for `max_prob`."""
+    whole = chunk.whole
+    entry = coefficients.rest * whole.label_probability - coefficients.label * whole.others
+    if coefficients.entropy is not None:
+        entry = entry + coefficients.entropy * torch.special.entr(whole.label_probability)
+    if chunk.terms.label_smoothing:
+        entry = entry - coefficients.smoothing * chunk.label_weight()
+    return entry
+
+
 def replace_by_gradient(
     buffers: dict[str, Tensor], labels: Tensor, chunk: ChunkStatistics, coefficients: Coefficients
 ) -> None:
@@ -97,7 +108,7 @@ def replace_by_gradient(
     if not probabilities.shape[1]:
         return
     label, rest, smoothing, entropy, max_prob, _ = coefficients
-    label_gradient = rest * whole.label_probability - label * whole.others
+    label_gradient = label_entry(chunk, coefficients)
     scale = label + rest
     if chunk.share is not None:
         scale = scale * chunk.share.probability
@@ -105,13 +116,11 @@ def replace_by_gradient(
         terms = buffers["scratch"]
         torch.mul(probabilities, 1.0 if chunk.share is None else chunk.share.probability, out=terms)
         torch.special.entr(terms, out=terms).mul_(entropy)
-        label_gradient = label_gradient + entropy * torch.special.entr(whole.label_probability)
     if isinstance(scale, Tensor) or not math.isclose(scale, 1.0):
         probabilities.mul_(scale)
     if entropy is not None:
         probabilities.add_(terms)
     if chunk.terms.label_smoothing:
-        label_gradient = label_gradient - smoothing * chunk.label_weight()
         _subtract_smoothing(probabilities, buffers.get("powers"), chunk, smoothing)
     if chunk.mine is not None:
         label_gradient = torch.where(chunk.mine, label_gradient, probabilities.gather(1, labels))

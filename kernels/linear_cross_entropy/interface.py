@@ -11,6 +11,7 @@ from torch import Tensor
 from .adversarial import margin_changes
 from .blocked import reduce
 from .checks import check_perturbation, check_shard, check_targets, check_tensors, check_terms, refuse_forward_mode
+from .choice import choose, target
 from .comp_sum import CompSum, CrossEntropy
 from .operator import flatten, loss_operator
 from .reference import reference_loss
@@ -43,6 +44,7 @@ def linear_cross_entropy(
     weight_grad_dtype: torch.dtype | None = None,
     deterministic: bool = False,
     filter_bound: float | None = None,
+    filter_weight: bool = False,
     implementation: str = "auto",
 ) -> LossOutput:
     """Cross-entropy, or another comp-sum loss, of the linear head `weight`, without ever holding all tokens' logits.
@@ -75,20 +77,30 @@ def linear_cross_entropy(
     weight_grad_dtype  dtype in which the weight's gradient is handed to autograd; None: the weight's. With fp32 and a
                    16-bit weight the sum that was formed in fp32 reaches `weight.grad` unrounded, if
                    `weight.grad_dtype = torch.float32` was set (torch 2.10); otherwise autograd rounds it.
-    deterministic  the same bits for the same inputs, machine and threads: the blocked form on CPU always is.
-    filter_bound   share of a row's probability that may be left out of the gradients. The blocked form leaves out
-                   nothing, which is within every bound.
-    implementation "blocked", "reference" (float64, plain torch, full logits: for tests), or "auto": blocked.
+    deterministic  the same bits for the same inputs, machine and threads: both forms always are, the Triton form as far
+                   as torch's own products are.
+    filter_bound   share of a token's probability that may be left out of hidden's gradient: tiles of the softmax that
+                   no token in them needs are not multiplied out. None and 0: nothing is left out, and the blocked form
+                   never leaves out anything. `LossOutput.kept_share` tells what was kept.
+    filter_weight  leave the same tiles out of weight's and bias's gradients too, and do not compute them again. A bound
+                   on a token's probability is none on a row of weight: not for pretraining.
+    implementation "blocked": plain torch, a chunk of logits at a time; "triton": kernels for GPUs from Ampere on, which
+                   never hold logits (or anywhere in Triton's interpreter); "reference": float64, plain torch, full
+                   logits, for tests; "auto": triton for 16-bit tensors on a GPU, else blocked. A fallback is logged,
+                   and `LossOutput.implementation` says what ran.
 
-    Arithmetic is fp32 for fp32 and 16-bit inputs (a 16-bit weight is copied to fp32 for the call), float64 where
-    hidden or weight is float64. Autocast doesn't reach inside: the dtypes of the tensors given decide. The loss and
-    the outputs have the dtype of the arithmetic; each gradient has the dtype of its input, and is accumulated in the
-    dtype of the arithmetic.
+    Arithmetic is fp32 for fp32 and 16-bit inputs, float64 where hidden or weight is float64: the blocked form copies a
+    16-bit weight to fp32 for the call; the kernels multiply 16-bit numbers, round a logit's gradient to 16 bits for the
+    products that it enters, and sum in fp32. Autocast doesn't reach inside: the dtypes of the tensors given decide. The
+    loss and the outputs have the dtype of the arithmetic; each gradient has the dtype of its input, and is accumulated
+    in the dtype of the arithmetic.
 
-    Costs in multiples of N·V·D operations, forward and backward: 6 for mean and sum, whose gradients are formed in the
-    forward and can be used once (a second backward raises RuntimeError); 8 for none; 2 less for each of hidden and
-    weight that needs no gradient; 2 under no_grad. Where outputs are differentiated beside a mean or sum, all is
-    recomputed in the backward: 6 more. torch.compile takes the call into its graph as one operator.
+    Costs in multiples of N·V·D operations, forward and backward. Blocked: 6 for mean and sum, whose gradients are
+    formed in the forward and can be used once (a second backward raises RuntimeError); 8 for none; 2 less for each of
+    hidden and weight that needs no gradient; 2 under no_grad. Where outputs are differentiated beside a mean or sum,
+    all is recomputed in the backward: 6 more. Triton: 8, or 2 less likewise, whatever the reduction; the backward may
+    be run more than once. Its memory beyond the gradients is 1 % of theirs in fp32, and no less than 16 MiB; hidden
+    states of ignored tokens must be finite. torch.compile takes the call into its graph as one operator.
 
     Where ranks share the vocabulary (`shard.group`): each holds its own rows of weight and bias, and all call this
     together, with otherwise the same arguments and the same inputs in need of gradients.
@@ -111,9 +123,8 @@ def linear_cross_entropy(
     Raises ValueError for shapes, dtypes and constants that don't fit, and on the CPU for a target out of range, naming
     its value and position (elsewhere an assertion on the device, since the host doesn't wait).
     """
-    if implementation not in ("auto", "blocked", "reference"):
-        raise ValueError(f"implementation must be 'auto', 'blocked' or 'reference', got {implementation!r}")
     check_tensors(hidden, weight, targets, bias, class_weights, token_weights, shard)
+    runs = choose(implementation, hidden, weight, targets.numel())
     check_perturbation(loss, perturbed_hidden, hidden, softcap)
     if shard is None:
         shard = VocabShard(0, len(weight), len(weight))
@@ -129,7 +140,7 @@ def linear_cross_entropy(
         # Both parts of the loss have gradients of these: added up before they are rounded.
         dtype = arithmetic_dtype(hidden, weight)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if implementation == "reference":
+    if runs == "reference":
         value, extras = _reference(
             hidden, weight, bias, class_weights, targets, token_weights, terms, reduction, names, shard,
             perturbed_hidden, nu,
@@ -157,24 +168,28 @@ def linear_cross_entropy(
         reduction,
         ",".join(names),
         weight_grad_dtype,
+        runs == "triton",
+        filter_bound,
+        filter_weight,
         needed,
     )
     extras = {name: output for name, output in zip(OUTPUTS, rest, strict=False) if name in names}
+    share = (rest[-1] if runs == "triton" else value.new_ones(())) if filter_bound else None
     if perturbed_hidden is not None:
         value = value + nu * _adversarial_part(
             hidden, perturbed_hidden, weight, targets, token_weights, class_weights, terms, reduction, shard
         )
-    return LossOutput(value, _account(needed, reduction), **extras)
+    name = f"triton for {target(hidden)}" if runs == "triton" else "blocked"
+    formed = runs == "blocked" and reduction != "none"
+    return LossOutput(value, f"{name}, {_account(needed, formed)}", kept_share=share, **extras)
 
 
-def _account(needed: Sequence[bool], reduction: str) -> str:
-    """What runs, and its cost."""
+def _account(needed: Sequence[bool], formed: bool) -> str:
+    """Where the gradients are formed, and the cost."""
     products = 2 * (needed[0] + needed[1])
     if not any(needed):
-        return "blocked, 2 NVD"
-    if reduction == "none":
-        return f"blocked, recomputed in the backward, {4 + products} NVD"
-    return f"blocked, formed in the forward, {2 + products} NVD"
+        return "2 NVD"
+    return f"formed in the forward, {2 + products} NVD" if formed else f"recomputed in the backward, {4 + products} NVD"
 
 
 def _reference(

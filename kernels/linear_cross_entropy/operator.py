@@ -1,7 +1,8 @@
-"""The blocked implementation as a custom operator, so that a compiler carries it in its graph as one node.
+"""The loss as a custom operator, so that a compiler carries it in its graph as one node.
 
 Two operators: the loss (with the gradients, where they are formed in the forward), and the gradients recomputed. Each
-has a fake implementation, which says shapes and dtypes; the first has the autograd formula that binds them.
+runs the blocked form or the Triton kernels, as it is told, and has a fake implementation, which says shapes and dtypes;
+the first has the autograd formula that binds them.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .blocked import recomputed_gradients, reduced_loss, scale_gradients
+from .blocked import owed_by_token, recomputed_gradients, reduce, reduced_loss, scale_gradients
 from .checks import check_shard, check_targets
 from .gradient import Upstream
 from .sweep import Problem, Wanted, arithmetic_dtype
 from .types import OUTPUTS, Terms, VocabShard
 
-Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Results = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]
 Gradients = tuple[Tensor, Tensor, Tensor]
+KEPT_PLANES = 7
+"""fused.facts.PLANES, which can be imported only where Triton is."""
 DIFFERENTIABLE = tuple(name for name in OUTPUTS if name != "correct")
 
 
@@ -44,10 +49,14 @@ def loss_operator(
     reduction: str,
     outputs: str,
     weight_grad_dtype: torch.dtype | None,
+    fused: bool,
+    filter_bound: float | None,
+    filter_weight: bool,
     wanted: list[bool],
 ) -> Results:
-    """Loss; the outputs named (by commas); for mean and sum the gradients of hidden, weight and bias that are wanted;
-    and the scale they still owe. Tensors of no elements stand for what there is not.
+    """Loss; the outputs named (by commas); the gradients of hidden, weight and bias that are wanted, where the blocked
+    form has formed them (mean and sum), and the scale that they, or the upstream gradient, still owe; and what the
+    kernels keep for the backward (`fused`: fused.Kept). Tensors of no elements stand for what there is not.
 
     `shard_key` is that of a VocabShard over several ranks, or empty. Arguments are those of the interface, checked.
     """
@@ -55,16 +64,24 @@ def loss_operator(
     problem, weights = _problem(hidden, weight, bias, class_weights, targets, token_weights, shard_key, terms)
     check_targets(targets, terms)
     names = outputs.split(",") if outputs else []
-    reduced = reduced_loss(problem, weights, reduction, names, Wanted(*wanted))
-    swept = reduced.swept
+    kept: Sequence[Tensor | None] = (None,) * 4
+    if fused:
+        from .fused import forward_pass
+
+        swept, left = forward_pass(problem, names, filter_bound)
+        kept = (left.planes, left.tops, left.needed, left.share)
+        loss, scale = reduce(swept.losses, problem.targets, weights, problem.class_weights, terms, reduction)
+    else:
+        reduced = reduced_loss(problem, weights, reduction, names, Wanted(*wanted))
+        swept, loss, scale = reduced.swept, reduced.loss, reduced.scale
     found = [swept.outputs.get(name) for name in OUTPUTS]
     # Cloned, as what autograd holds for views may not be changed in place.
     shaped = [None if value is None else value.reshape(targets.shape).clone() for value in found]
     formed = [swept.hidden_grad, swept.weight_grad, swept.bias_grad]
     if formed[0] is not None:
         formed[0] = formed[0].reshape(hidden.shape)
-    loss = reduced.loss.reshape(targets.shape).clone() if reduction == "none" else reduced.loss
-    rest = (_or_nothing(value, hidden) for value in (*shaped, *formed, reduced.scale))
+    loss = loss.reshape(targets.shape).clone() if reduction == "none" else loss
+    rest = (_or_nothing(value, hidden) for value in (*shaped, *formed, scale, *kept))
     return loss, *rest  # type: ignore[return-value]
 
 
@@ -81,6 +98,7 @@ def gradients_operator(
     logprob_grad: Tensor | None,
     entropy_grad: Tensor | None,
     max_prob_grad: Tensor | None,
+    kept: list[Tensor],
     shard_key: str,
     vocab_size: int,
     ignore_index: int,
@@ -90,18 +108,30 @@ def gradients_operator(
     z_loss: float,
     softcap: float | None,
     temperature: float,
+    outputs: str,
     weight_grad_dtype: torch.dtype | None,
+    filter_weight: bool,
     wanted: list[bool],
 ) -> Gradients:
-    """Gradients of hidden, weight and bias from those of each token's loss and outputs, all in the targets' shape."""
+    """Gradients of hidden, weight and bias from those of each token's loss and outputs, all in the targets' shape.
+
+    kept: the fields of fused.Kept where the kernels ran the forward, else nothing; `outputs` are the forward's.
+    """
     terms = Terms(vocab_size, ignore_index, shift, tau, label_smoothing, z_loss, softcap, temperature)
     problem, weights = _problem(hidden, weight, bias, class_weights, targets, token_weights, shard_key, terms)
     given = (loss_grad, lse_grad, logprob_grad, entropy_grad, max_prob_grad)
     upstream = Upstream(*(None if value is None else value.reshape(-1) for value in given))
-    formed = recomputed_gradients(problem, weights, upstream, Wanted(*wanted))
+    upstream = owed_by_token(problem, weights, upstream)
+    dtypes = _gradient_dtypes(hidden, weight, bias, weight_grad_dtype)
+    if kept:
+        from .fused import Kept, backward_pass
+
+        names = outputs.split(",") if outputs else []
+        formed = backward_pass(problem, Kept(*kept), upstream, Wanted(*wanted), dtypes[1], filter_weight, names)
+    else:
+        formed = recomputed_gradients(problem, upstream, Wanted(*wanted))
     if formed[0] is not None:
         formed[0] = formed[0].reshape(hidden.shape)
-    dtypes = _gradient_dtypes(hidden, weight, bias, weight_grad_dtype)
     first, second, third = (_or_nothing(value, hidden) for value in scale_gradients(formed, dtypes, None))
     return first, second, third
 
@@ -147,8 +177,8 @@ def _or_nothing(value: Tensor | None, like: Tensor) -> Tensor:
 
 def _gradient_dtypes(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad_dtype: torch.dtype | None
-) -> list[torch.dtype | None]:
-    return [hidden.dtype, weight_grad_dtype or weight.dtype, None if bias is None else bias.dtype]
+) -> tuple[torch.dtype, torch.dtype, torch.dtype | None]:
+    return hidden.dtype, weight_grad_dtype or weight.dtype, None if bias is None else bias.dtype
 
 
 @loss_operator.register_fake
@@ -161,12 +191,17 @@ def _(
     token_weights: Tensor | None,
     *settings: Any,
 ) -> Results:
-    reduction, outputs, _, wanted = settings[-4:]
+    reduction, outputs, _, fused, filter_bound, _, wanted = settings[-7:]
     dtype, names = arithmetic_dtype(hidden, weight), outputs.split(",")
-    formed = Wanted(*wanted) if reduction != "none" else Wanted()
+    formed = Wanted(*wanted) if reduction != "none" and not fused else Wanted()
+    tokens = targets.numel()
 
     def empty(there: bool, shape: Sequence[int], dtype: torch.dtype = dtype) -> Tensor:
         return hidden.new_empty(shape, dtype=dtype) if there else hidden.new_empty(0)
+
+    needed = hidden.new_empty(0, dtype=torch.bool)
+    if fused and filter_bound:  # how many tiles there are is the kernels' choice
+        needed = hidden.new_empty((tokens, torch.library.get_ctx().new_dynamic_size()), dtype=torch.bool)
 
     return (
         hidden.new_empty(targets.shape if reduction == "none" else (), dtype=dtype),
@@ -179,12 +214,16 @@ def _(
         empty(formed.weight, weight.shape),
         empty(formed.bias, weight.shape[:1]),
         empty(reduction == "mean", ()),
+        empty(fused, (KEPT_PLANES, tokens)),
+        empty(fused and bool({"correct", "max_prob"} & {*names}), (tokens,), torch.int32),
+        needed,
+        empty(fused, ()),
     )
 
 
 @gradients_operator.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Gradients:
-    weight_grad_dtype, wanted = rest[-2:]
+    weight_grad_dtype, _, wanted = rest[-3:]
     needed = Wanted(*wanted)
     dtypes = _gradient_dtypes(hidden, weight, bias, weight_grad_dtype)
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
@@ -197,20 +236,21 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Gradie
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     tensors, settings = inputs[:6], inputs[6:]
-    reduction, outputs, weight_grad_dtype, wanted = settings[-4:]
-    hidden_grad, weight_grad, bias_grad, scale = output[-4:]
+    reduction, outputs, weight_grad_dtype, fused, _, filter_weight, wanted = settings[-7:]
+    formed, scale, kept = output[6:9], output[9], output[10:]
     differentiable = [name for name in DIFFERENTIABLE if name in outputs.split(",")]
     ctx.set_materialize_grads(False)
     # What was not asked for is a tensor of no elements, from which nothing may come back.
     others = [value for name, value in zip(OUTPUTS, output[1:], strict=False) if name not in differentiable]
-    ctx.mark_non_differentiable(*others, hidden_grad, weight_grad, bias_grad, scale)
-    ctx.formed = reduction != "none"
+    ctx.mark_non_differentiable(*others, *formed, scale, *kept)
+    ctx.formed = reduction != "none" and not fused
     # The inputs are kept only where the logits may have to be computed again.
     again = not ctx.formed or bool(differentiable)
     # Saved as tensors rather than kept as attributes, so that activation checkpointing can drop and remake them.
-    ctx.save_for_backward(hidden_grad, weight_grad, bias_grad, scale, *(tensors if again else ()))
-    ctx.settings, ctx.wanted, ctx.weight_grad_dtype = settings[:-4], wanted, weight_grad_dtype
-    ctx.reduction, ctx.temperature = reduction, settings[8]
+    ctx.save_for_backward(*formed, scale, *(kept if fused else ()), *(tensors if again else ()))
+    ctx.settings, ctx.wanted, ctx.weight_grad_dtype = settings[:-7], wanted, weight_grad_dtype
+    ctx.reduction, ctx.temperature, ctx.fused = reduction, settings[8], fused
+    ctx.outputs, ctx.filter_weight = outputs, filter_weight
     ctx.dtypes = _gradient_dtypes(inputs[0], inputs[1], inputs[2], weight_grad_dtype)
     ctx.spent = False
 
@@ -232,19 +272,19 @@ def _gradients(ctx: Any, loss_grad: Tensor | None, *rest: Tensor | None) -> tupl
             "have been used. Compute the loss again, or use reduction='none'."
         )
     saved = ctx.saved_tensors
-    formed, scale, inputs = saved[:3], saved[3], saved[4:]
+    formed, scale, saved = saved[:3], saved[3], saved[4:]
+    kept, inputs = (list(saved[:4]), saved[4:]) if ctx.fused else ([], saved)
     scale = scale if ctx.reduction == "mean" else None
     output_grads = rest[: len(DIFFERENTIABLE)]
     if ctx.formed and all(gradient is None for gradient in output_grads):
         gradients = _hand_over(ctx, formed, scale, loss_grad)
     else:
-        if ctx.formed and loss_grad is not None:
+        if ctx.reduction != "none" and loss_grad is not None:
             loss_grad = (loss_grad if scale is None else loss_grad * scale).expand(inputs[4].shape)
-        gradients = list(
-            gradients_operator(*inputs, loss_grad, *output_grads, *ctx.settings, ctx.weight_grad_dtype, ctx.wanted)
-        )
-    kept = [gradient if there else None for gradient, there in zip(gradients, ctx.wanted, strict=True)]
-    return (*kept, *[None] * 16)
+        options = ctx.outputs, ctx.weight_grad_dtype, ctx.filter_weight, ctx.wanted
+        gradients = list(gradients_operator(*inputs, loss_grad, *output_grads, kept, *ctx.settings, *options))
+    found = [gradient if there else None for gradient, there in zip(gradients, ctx.wanted, strict=True)]
+    return (*found, *[None] * 19)
 
 
 def _hand_over(

@@ -127,6 +127,8 @@ class LossOutput(NamedTuple):
     max_prob  probability of the likeliest token; its gradient is that of this one token
     correct   bool: the target is the likeliest token (of equal ones, the one with the lowest id)
 
+    kept_share is there with a filter_bound: 0-dim fp32, the share of the softmax's tiles whose gradient is multiplied out.
+
     dtype: fp32, or float64 for float64 inputs and for the reference. `implementation` says what ran, where the
     gradients are formed, and how many multiples of N·V·D floating-point operations forward and backward take together:
     "blocked, formed in the forward, 6 NVD".
@@ -139,3 +141,4 @@ class LossOutput(NamedTuple):
     entropy: Tensor | None = None
     max_prob: Tensor | None = None
     correct: Tensor | None = None
+    kept_share: Tensor | None = None

@@ -113,12 +113,19 @@ def combine(own: Softmax, mine: Tensor, shard: VocabShard, terms: Terms) -> tupl
 
 def complete_hidden_gradient(partial: Tensor, shard: VocabShard) -> Tensor:
     """The sum over ranks of what each one's columns give hidden (N, D), of this rank's tokens. Overwrites `partial`."""
-    if not shard.sequence_parallel:
-        dist.all_reduce(partial, group=shard.group)
-        return partial
-    own = partial.new_empty((len(partial) // shard.ranks, partial.shape[1]))
-    _reduce_scatter(own, partial, group=shard.group)
+    own = partial
+    if shard.sequence_parallel:
+        own = partial.new_empty((len(partial) // shard.ranks, partial.shape[1]))
+    start_hidden_gradient(partial, own, shard).wait()
     return own
+
+
+def start_hidden_gradient(partial: Tensor, own: Tensor, shard: VocabShard) -> Any:
+    """The same into `own`, which is `partial` itself unless ranks share the tokens: begun, and complete once `wait` of
+    what is returned has been called; both must stay as they are until then."""
+    if not shard.sequence_parallel:
+        return dist.all_reduce(partial, group=shard.group, async_op=True)
+    return _reduce_scatter(own, partial, group=shard.group, async_op=True)
 
 
 class _Whole(torch.autograd.Function):

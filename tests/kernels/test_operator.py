@@ -49,15 +49,15 @@ def test_torch_finds_the_operators_in_order(reduction: str, outputs: str) -> Non
         leaves = [problem.hidden, problem.weight, problem.bias]
         terms = ("", 9, -100, 1, 1.4, 0.1, 0.01, 2.0, 1.3)
         inputs = (*leaves, problem.class_weights, problem.targets, problem.token_weights)
-        upstream = [torch.randn(3, 7, dtype=dtype) for _ in range(5)]
-        torch.library.opcheck(operator.gradients_operator, (*inputs, *upstream, *terms, torch.float32, needed))
+        upstream, rest = [torch.randn(3, 7, dtype=dtype) for _ in range(5)], (torch.float32, False, needed)
+        torch.library.opcheck(operator.gradients_operator, (*inputs, *upstream, [], *terms, outputs, *rest))
         inputs = (*(x.requires_grad_(need) for x, need in zip(leaves, needed, strict=True)), *inputs[3:])
         # Handing over the gradients that the forward formed overwrites them: that a caller of the bare operator, as
         # this check's tracing is, would see. No one else has them.
         utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
         if reduction == "none" or outputs:
             utilities += ("test_aot_dispatch_dynamic",)
-        arguments = (*inputs, *terms, reduction, outputs, torch.float32, needed)
+        arguments = (*inputs, *terms, reduction, outputs, torch.float32, False, None, False, needed)
         torch.library.opcheck(operator.loss_operator, arguments, test_utils=utilities)
 
 

@@ -1,0 +1,43 @@
+"""How the backward cuts tokens and columns into blocks, whose gradients by the logits are the only ones that exist."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WORKSPACE_SHARE = 0.01
+"""Of the gradients of hidden and weight, counted in fp32: what a block may take."""
+LEAST_WORKSPACE_BYTES = 16 << 20
+"""However small the gradients are: smaller blocks make products too short to be worth their launch."""
+SHORT_STRIP = 1024
+"""Columns below which reading and writing hidden's gradient once a strip takes longer than the strip's products."""
+MULTIPLE = 256
+"""Of tokens and columns where they are cut: that of every tiling, so that no block depends on which is chosen."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tokens a chunk and columns a strip."""
+
+    chunk: int
+    strip: int
+
+
+def plan_blocks(tokens: int, columns: int, width: int, element_bytes: int, parts: int = 1) -> Plan:
+    """Blocks within the workspace.
+
+    Each block adds to a chunk's rows of hidden's gradient and to a strip's rows of weight's, in global memory:
+    8·N·V·D·(1/strip + 1/chunk) bytes in all. All tokens in one chunk, where that leaves strips of SHORT_STRIP: then
+    weight's gradient is written once and never read. `parts`: chunks at least, where there are so many MULTIPLEs.
+    """
+    share = int(WORKSPACE_SHARE * 4 * (tokens + columns) * width)
+    elements = max(share, LEAST_WORKSPACE_BYTES) // element_bytes
+    most = max(elements // min(SHORT_STRIP, _up(columns)), MULTIPLE)
+    chunks = max(-(-tokens // most), min(parts, -(-tokens // MULTIPLE)), 1)
+    chunk = _up(-(-tokens // chunks))
+    strip = max(elements // chunk // MULTIPLE, 1) * MULTIPLE
+    strips = -(-columns // strip)
+    return Plan(chunk, _up(-(-columns // max(strips, 1))))
+
+
+def _up(value: int) -> int:
+    return max(-(-value // MULTIPLE), 1) * MULTIPLE
