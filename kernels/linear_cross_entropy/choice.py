@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from functools import lru_cache
-from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -40,7 +39,8 @@ def choose(implementation: str, hidden: Tensor, weight: Tensor, tokens: int) -> 
     reason = why_not(hidden, weight, tokens)
     if reason is None:
         return "triton"
-    _say(reason)
+    if not torch.compiler.is_compiling():
+        _say(reason)
     return "blocked"
 
 
@@ -50,9 +50,13 @@ def why_not(hidden: Tensor, weight: Tensor, tokens: int) -> str | None:
         return f"hidden is {hidden.dtype} and weight {weight.dtype}; both must be bfloat16, float16 or float32 alike"
     if max(tokens, *weight.shape) > _MOST:
         return f"{tokens} tokens, weight {tuple(weight.shape)}: each must be below 2**31 - 2**16"
-    device = hidden.device
+    return _machine_problem(hidden.device)
+
+
+def _machine_problem(device: torch.device) -> str | None:
+    """What does not depend on the tensors."""
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
+        capability = _capability(device)
         if capability < LEAST_CAPABILITY:
             return f"{device} has compute capability {capability[0]}.{capability[1]}; 8.0 (Ampere) is the least"
     elif device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
@@ -60,13 +64,18 @@ def why_not(hidden: Tensor, weight: Tensor, tokens: int) -> str | None:
     return _import_problem()
 
 
-@lru_cache(maxsize=1)
 def _import_problem() -> str | None:
+    # A statement and not importlib's function, which torch.compile does not follow.
     try:
-        import_module(f"{__package__}.fused")
+        from . import fused  # noqa: F401
     except ImportError as error:
         return f"Triton cannot be imported ({error}); pip install 'harness[triton]'"
     return None
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)  # which torch.compile takes for a constant
+    return properties.major, properties.minor
 
 
 @lru_cache
@@ -74,9 +83,9 @@ def _say(reason: str) -> None:
     logger.warning("linear cross-entropy: the blocked form runs, slower, not the Triton kernels: %s", reason)
 
 
-def target(hidden: Tensor) -> str:
+def target(device: torch.device) -> str:
     """What the Triton kernels are compiled for: "sm_90"."""
-    if hidden.device.type != "cuda":
+    if device.type != "cuda":
         return "the interpreter"
-    major, minor = torch.cuda.get_device_capability(hidden.device)
+    major, minor = _capability(device)
     return f"sm_{major}{minor}"

@@ -124,7 +124,6 @@ def linear_cross_entropy(
     its value and position (elsewhere an assertion on the device, since the host doesn't wait).
     """
     check_tensors(hidden, weight, targets, bias, class_weights, token_weights, shard)
-    runs = choose(implementation, hidden, weight, targets.numel())
     check_perturbation(loss, perturbed_hidden, hidden, softcap)
     if shard is None:
         shard = VocabShard(0, len(weight), len(weight))
@@ -140,6 +139,7 @@ def linear_cross_entropy(
         # Both parts of the loss have gradients of these: added up before they are rounded.
         dtype = arithmetic_dtype(hidden, weight)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
+    runs = choose(implementation, hidden, weight, targets.numel())
     if runs == "reference":
         value, extras = _reference(
             hidden, weight, bias, class_weights, targets, token_weights, terms, reduction, names, shard,
@@ -179,7 +179,7 @@ def linear_cross_entropy(
         value = value + nu * _adversarial_part(
             hidden, perturbed_hidden, weight, targets, token_weights, class_weights, terms, reduction, shard
         )
-    name = f"triton for {target(hidden)}" if runs == "triton" else "blocked"
+    name = f"triton for {target(hidden.device)}" if runs == "triton" else "blocked"
     formed = runs == "blocked" and reduction != "none"
     return LossOutput(value, f"{name}, {_account(needed, formed)}", kept_share=share, **extras)
 

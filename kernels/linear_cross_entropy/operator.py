@@ -194,12 +194,12 @@ def _(
     reduction, outputs, _, fused, filter_bound, _, wanted = settings[-7:]
     dtype, names = arithmetic_dtype(hidden, weight), outputs.split(",")
     formed = Wanted(*wanted) if reduction != "none" and not fused else Wanted()
-    tokens = targets.numel()
+    tokens, topped = targets.numel(), fused and not {"correct", "max_prob"}.isdisjoint(names)
 
     def empty(there: bool, shape: Sequence[int], dtype: torch.dtype = dtype) -> Tensor:
         return hidden.new_empty(shape, dtype=dtype) if there else hidden.new_empty(0)
 
-    needed = hidden.new_empty(0, dtype=torch.bool)
+    needed = hidden.new_empty(0, dtype=torch.bool if fused else None)
     if fused and filter_bound:  # how many tiles there are is the kernels' choice
         needed = hidden.new_empty((tokens, torch.library.get_ctx().new_dynamic_size()), dtype=torch.bool)
 
@@ -215,7 +215,7 @@ def _(
         empty(formed.bias, weight.shape[:1]),
         empty(reduction == "mean", ()),
         empty(fused, (KEPT_PLANES, tokens)),
-        empty(fused and bool({"correct", "max_prob"} & {*names}), (tokens,), torch.int32),
+        hidden.new_empty(tokens if topped else 0, dtype=torch.int32 if fused else None),
         needed,
         empty(fused, ()),
     )

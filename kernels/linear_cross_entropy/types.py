@@ -127,7 +127,7 @@ class LossOutput(NamedTuple):
     max_prob  probability of the likeliest token; its gradient is that of this one token
     correct   bool: the target is the likeliest token (of equal ones, the one with the lowest id)
 
-    kept_share is there with a filter_bound: 0-dim fp32, the share of the softmax's tiles whose gradient is multiplied out.
+    kept_share, 0-dim fp32, is there with a filter_bound: the share of the softmax's tiles that are multiplied out.
 
     dtype: fp32, or float64 for float64 inputs and for the reference. `implementation` says what ran, where the
     gradients are formed, and how many multiples of N·V·D floating-point operations forward and backward take together:

@@ -69,7 +69,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"reduction": "avg"}, "reduction must be 'mean', 'sum' or 'none', got 'avg'"),
     ({"outputs": ("logits",)}, "outputs may name lse, logprob, entropy, max_prob, correct; got 'logits'"),
     ({"outputs": "lse"}, r"outputs must be a sequence of names such as \('lse',\)"),
-    ({"implementation": "triton"}, "implementation must be 'auto', 'blocked' or 'reference', got 'triton'"),
+    ({"implementation": "cce"}, "implementation must be 'auto', 'blocked', 'triton' or 'reference', got 'cce'"),
     ({"shard": VocabShard(0, 8, 7)}, r"shard \[0, 8\) must be all 7 rows of weight"),
     ({"shard": VocabShard(1, 7, 7)}, r"shard \[1, 7\) must be all 7 rows of weight"),
     ({"shard": VocabShard(0, 7, 8)}, "shard.vocab_size 8 exceeds the 7 rows of weight"),

@@ -96,7 +96,7 @@ def test_every_argument_is_in_the_table() -> None:
     arguments = set(inspect.signature(linear_cross_entropy).parameters)
     named = {"loss" if name in ("tau", "rho", "nu") else name for settings in FEATURES.values() for name in settings}
     elsewhere = {"hidden", "weight", "targets", "reduction", "outputs", "shard", "implementation"}
-    without_effect = {"deterministic", "filter_bound", "weight_grad_dtype"}  # on values
+    without_effect = {"deterministic", "filter_bound", "filter_weight", "weight_grad_dtype"}  # on the blocked form
     assert arguments - elsewhere - without_effect <= named
 
 

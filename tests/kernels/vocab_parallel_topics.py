@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from harness.kernels import OUTPUTS, CompSum, CrossEntropy
+from tests.kernels import interpreter
 from tests.kernels.cases import DIFFERENTIABLE, draw, solve
 from tests.kernels.vocab_parallel_features import (
     adversarial,
@@ -24,6 +25,13 @@ from tests.kernels.vocab_parallel_features import (
     of_equal_words_the_first,
     powers_of_what_underflows,
     weight_gradients_in_fp32,
+)
+from tests.kernels.vocab_parallel_fused import (
+    kernels_in_16_bits,
+    kernels_send_each_chunk_once,
+    kernels_where_ranks_hold_little,
+    kernels_with_a_filter,
+    kernels_with_every_term,
 )
 from tests.kernels.vocab_parallel_ranks import (
     EVERYTHING,
@@ -234,6 +242,13 @@ def hidden_gradient_is_rounded_once(ranks: Ranks) -> None:
     ranks.expect(error < 1.05 * rounding, f"error {error}, of the rounding alone {rounding}")
 
 
+KERNELS = (
+    kernels_with_every_term,
+    kernels_where_ranks_hold_little,
+    kernels_send_each_chunk_once,
+    kernels_in_16_bits,
+    kernels_with_a_filter,
+)
 TOPICS: dict[str, Callable[[Ranks], None]] = {
     topic.__name__: topic
     for topic in (
@@ -267,5 +282,6 @@ TOPICS: dict[str, Callable[[Ranks], None]] = {
         copies_of_a_shard,
         shards_that_do_not_fit,
         arguments_that_do_not_fit,
+        *(KERNELS if interpreter.why_not() is None else ()),
     )
 }

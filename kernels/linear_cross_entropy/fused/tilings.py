@@ -76,7 +76,7 @@ def candidates(problem: ProblemClass) -> list[Tiling]:
         else:
             found = square if problem.rich else [*wide, *square]
         # Rows that do not begin at 16 bytes, or do not lie side by side, need pointers.
-        return found + [Tiling(128, 128, 64, 8, 3)]
+        return [*found, Tiling(128, 128, 64, 8, 3)]
     return [Tiling(128, 128, 32, 8, 3), Tiling(128, 128, 64, 8, 3), Tiling(64, 128, 32, 4, 3), Tiling(64, 64, 32, 4, 3)]
 
 
@@ -102,6 +102,8 @@ def tune(problem: ProblemClass, measure: Callable[[Tiling], float], *, describab
             times[tiling] = measure(tiling)
         except Exception as error:  # does not fit on this device: another one will
             logger.warning("tiling %s of %s cannot run here: %s", tiling, problem.kernel, error)
+    if not times:
+        raise RuntimeError(f"no tiling of {problem.kernel} runs here; the log says why for each")
     best = min(times, key=lambda tiling: times[tiling])
     for tiling, milliseconds in times.items():
         logger.info("%s: %s: %.3f ms%s", problem.key, tiling, milliseconds, ", chosen" if tiling is best else "")
