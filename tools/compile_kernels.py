@@ -58,8 +58,9 @@ REGISTERS, MOST_WARPS = 65_536, {86: 48, 87: 48, 89: 48, 120: 48, 121: 48}
 TENSOR_MEMORY_COLUMNS = 512
 MATRIX_INSTRUCTIONS = {80: "mma.sync.aligned", 90: "wgmma.mma_async.", 100: "tcgen05.mma.", 120: "mma.sync.aligned"}
 """From which capability on. `mma.sync` on sm_90 would be half as fast as it can be."""
-STACK_BYTES = {"default": 0, "plain": 64, "a term": 256, "all terms": 1024}
-"""Budgets: of the plain loss in the tiling that the table begins with and in others; with terms beside it."""
+STACK_BYTES = {"default": 0, "plain": 64, "one term": 256, "all terms": 1024}
+"""Budgets: of the plain loss in the tilings that it gets unless told otherwise, and in others; of one thing more than
+that; of everything at once."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STRIP = 1024
 
@@ -94,11 +95,11 @@ class Case:
         head = self.head(torch.bfloat16)
         return passes._is_rich(head, entropy=self.entropy, top=self.top) or self.filtered
 
-    @property
-    def budget(self) -> str:
-        if self.name.startswith("all"):
-            return "all terms"
-        return "a term" if self.rich else "plain"
+    def budget(self, default: bool) -> str:
+        """Which of STACK_BYTES holds."""
+        if self == PLAIN:
+            return "default" if default else "plain"
+        return "all terms" if self in (ALL_AT_ONCE, ALL_WITH_LOGITS) else "one term"
 
 
 SMOOTHING, POWERS = ("label_smoothing", 0.1), ("tau", 1.5)
@@ -106,6 +107,7 @@ ALL = {"bias": True, "class_weights": True, "entropy": True, "top": True, "filte
 ALL_TERMS = (("softcap", 30.0), ("temperature", 0.7), SMOOTHING)
 PLAIN = Case("plain")
 ALL_AT_ONCE = Case("all, tau 1.5", (*ALL_TERMS, POWERS), **ALL)
+ALL_WITH_LOGITS = Case("all, tau 1", ALL_TERMS, **ALL)
 IN_EVERY_TILING = (PLAIN, Case("bias", bias=True), ALL_AT_ONCE)
 IN_DEFAULT_TILINGS = (
     Case("ragged", tokens=8191, columns=50257, width=4104),
@@ -118,7 +120,7 @@ IN_DEFAULT_TILINGS = (
     Case("entropy", entropy=True),
     Case("top", top=True),
     Case("filter", filtered=True),
-    Case("all, tau 1", ALL_TERMS, **ALL),
+    ALL_WITH_LOGITS,
 )
 
 
@@ -150,9 +152,7 @@ class Job:
             sums = nothing(token_tiles, STRIP) if case.bias else None
             coefficients = nothing(7, case.tokens)
             strip = range(STRIP, 2 * STRIP)
-            launch.run_gradient(
-                head, tiling, strip, coefficients, tops, kept, gradient, sums, entropy=case.entropy
-            )  # fmt: skip
+            launch.run_gradient(head, tiling, strip, coefficients, tops, kept, gradient, sums, entropy=case.entropy)
             return
         kept = nothing(token_tiles, -(-STRIP // tiling.columns), dtype=torch.int8)
         sizes = (tiling.tokens, tiling.columns)
@@ -166,7 +166,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Row:
-    """What came out; `resident`: programs that fit onto a multiprocessor at a time. Counts are of instructions."""
+    """What came out. `programs`: of a multiprocessor's grid; `resident`: that fit onto it at a time. `matrix`, `tma` and
+    `async_copies` are instructions in the PTX."""
 
     sm: int
     kernel: str
@@ -174,6 +175,7 @@ class Row:
     case: str
     tiling: str
     default: bool
+    programs: int
     registers: int = 0
     stack_bytes: int = 0
     spill_store_bytes: int = 0
@@ -234,7 +236,7 @@ class Compiler:
         self.compiled.clear()
         what = f"{job.kernel}: {job.side}" if job.side else job.kernel
         tiling = f"{job.tiling.tokens}x{job.tiling.columns}" if job.side else str(job.tiling)
-        row = Row(job.capability, what, job.dtype, job.case.name, tiling, job.default)
+        row = Row(job.capability, what, job.dtype, job.case.name, tiling, job.default, job.tiling.programs)
         try:
             job.start()
         except Exception as error:  # whatever the compiler cannot do is a finding
@@ -291,7 +293,7 @@ def broken_rules(row: Row, job: Job, serialized: bool, tensor_memory: int) -> It
         yield f"{row.shared_bytes:,} bytes of shared memory, a block may have {limit:,}"
     if tensor_memory > TENSOR_MEMORY_COLUMNS:
         yield f"{tensor_memory} columns of tensor memory, there are {TENSOR_MEMORY_COLUMNS}"
-    kind = "default" if job.default and job.case == PLAIN else job.case.budget
+    kind = job.case.budget(job.default)
     if row.stack_bytes > STACK_BYTES[kind]:
         yield f"{row.stack_bytes} bytes of stack, {STACK_BYTES[kind]} are the budget ({kind})"
     if row.dtype != "fp32" and not row.matrix:
@@ -376,7 +378,7 @@ def write(path: Path, rows: list[Row], about: dict[str, Any], *, add: bool) -> N
 def show(row: Row) -> None:
     print(
         f"sm_{row.sm:<4}{row.kernel:23} {row.dtype} {row.case:19}{row.tiling:40}{row.registers:4}{row.stack_bytes:6}"
-        f"{row.shared_bytes:8}{row.resident:3}{row.matrix:5}{row.tma:4}{row.async_copies:5}  {'; '.join(row.broken)}",
+        f"{row.shared_bytes:8}{row.resident:3}/{row.programs}{row.matrix:5}{row.tma:4}{row.async_copies:5}  {'; '.join(row.broken)}",
         flush=True,
     )
 
@@ -390,7 +392,7 @@ def main() -> int:
     parser.add_argument("--add", action="store_true", help="keep what FILE has from other versions of Triton")
     arguments = parser.parse_args()
     compile_job, rows = Compiler(), []
-    print(f"{'':52}{'':40}regs stack  shared fit  mma tma copy")
+    print(f"{'':92}regs stack  shared  fit  mma tma copy")
     with tempfile.TemporaryDirectory() as folder:
         triton.knobs.cache.dir = folder  # what is in a cache was compiled in silence
         for arch in arguments.arch:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import Any
 
 import pytest
@@ -44,6 +45,16 @@ def layouts(**changes: Any) -> Iterator[ParallelLayout]:
                     yield layout
 
 
+def in_turn(*choices: Sequence[Any]) -> Iterator[tuple[ParallelLayout, tuple[Any, ...]]]:
+    """Every layout with one combination of choices, such that each ZeRO stage meets as many as it has layouts."""
+    combinations = list(product(*choices))
+    seen = [0] * 4
+    for layout in layouts():
+        stage = layout.section.zero_stage
+        yield layout, combinations[(stage + seen[stage]) % len(combinations)]
+        seen[stage] += 1
+
+
 def build(layout: ParallelLayout, precision: str, model_section: ModelSection) -> tuple[Decoder, Engine]:
     model = build_decoder(
         model_section, seed=5, tensor=layout.tensor_parallel(), divide=build_divider(layout, precision)
@@ -69,26 +80,25 @@ def every_rank(tensor: Tensor, group: dist.ProcessGroup | None = None) -> list[T
 
 def check_initial_weights() -> None:
     """Masters are the one-rank model's weights, bit for bit, whatever holds them, and each exactly once."""
-    for model_section in (section(), section(family="llama", kv_heads=4, heads=8, qk_norm=True)):
+    models = [section(), section(family="llama", kv_heads=4, heads=8, qk_norm=True)]
+    for layout, (precision, model_section) in in_turn(("fp32", "bf16"), models):
         expected = dict(build_decoder(model_section, seed=5).named_parameters())
-        for layout in layouts():
-            for precision in ("fp32", "bf16"):
-                _, engine = build(layout, precision, model_section)
-                if precision == "bf16" and layout.section.zero_stage > 0:
-                    initialise_masters(engine.fragments(), model_section, 5)
-                engine.refresh_weights()
-                for fragment in engine.fragments():
-                    if fragment.kind == "master":
-                        real = expected[fragment.name][: fragment.global_shape[0]]
-                        assert torch.equal(fragment.tensor, real[fragment.slices]), (layout, fragment.key)
-                sizes = {name: torch.zeros(1) for name in expected}
-                for fragment in engine.fragments(owned=True):
-                    if fragment.kind == "master":
-                        sizes[fragment.name] += fragment.tensor.numel()
-                for name, size in sizes.items():
-                    dist.all_reduce(size)
-                    rows = 90 if name in ("token_embedding.weight", "head.weight") else len(expected[name])
-                    assert int(size) == rows * expected[name][0].numel(), (layout, name)
+        _, engine = build(layout, precision, model_section)
+        if precision == "bf16" and layout.section.zero_stage > 0:
+            initialise_masters(engine.fragments(), model_section, 5)
+        engine.refresh_weights()
+        for fragment in engine.fragments():
+            if fragment.kind == "master":
+                real = expected[fragment.name][: fragment.global_shape[0]]
+                assert torch.equal(fragment.tensor, real[fragment.slices]), (layout, fragment.key)
+        sizes = {name: torch.zeros(1) for name in expected}
+        for fragment in engine.fragments(owned=True):
+            if fragment.kind == "master":
+                sizes[fragment.name] += fragment.tensor.numel()
+        for name, size in sizes.items():
+            dist.all_reduce(size)
+            rows = 90 if name in ("token_embedding.weight", "head.weight") else len(expected[name])
+            assert int(size) == rows * expected[name][0].numel(), (layout, name)
 
 
 # ---- the engine ------------------------------------------------------------------------------------------------------
@@ -183,23 +193,22 @@ def check_unused_parameters() -> None:
 
 def check_fragments_load() -> None:
     """State that is loaded into fragments is what the model computes with after refresh_weights."""
-    for layout in layouts():
-        for precision in ("fp32", "bf16"):
-            model, engine = build(layout, precision, section())
-            held = {getattr(weight, "ds_tensor", weight).dtype for weight in model.parameters()}
-            assert held == {torch.float32 if precision == "fp32" else torch.bfloat16}, (layout, held)
-            other = copy.deepcopy(dict(build_decoder(section(), seed=6).named_parameters()))
-            for fragment in engine.fragments():
-                if fragment.kind == "master":
-                    fragment.tensor.copy_(other[fragment.name].detach()[fragment.slices])
-            engine.refresh_weights()
-            alone = build_decoder(section(), seed=6)
-            if precision == "bf16":
-                alone = alone.to(torch.bfloat16)
-            tokens = torch.arange(32).reshape(2, 16) % 90
-            with torch.no_grad():
-                ours, theirs = model(tokens, tokens).loss, alone(tokens, tokens).loss
-            torch.testing.assert_close(ours, theirs, rtol=1e-6 if precision == "fp32" else 2e-3, atol=0)
+    for layout, (precision,) in in_turn(("fp32", "bf16")):
+        model, engine = build(layout, precision, section())
+        held = {getattr(weight, "ds_tensor", weight).dtype for weight in model.parameters()}
+        assert held == {torch.float32 if precision == "fp32" else torch.bfloat16}, (layout, held)
+        other = copy.deepcopy(dict(build_decoder(section(), seed=6).named_parameters()))
+        for fragment in engine.fragments():
+            if fragment.kind == "master":
+                fragment.tensor.copy_(other[fragment.name].detach()[fragment.slices])
+        engine.refresh_weights()
+        alone = build_decoder(section(), seed=6)
+        if precision == "bf16":
+            alone = alone.to(torch.bfloat16)
+        tokens = torch.arange(32).reshape(2, 16) % 90
+        with torch.no_grad():
+            ours, theirs = model(tokens, tokens).loss, alone(tokens, tokens).loss
+        torch.testing.assert_close(ours, theirs, rtol=1e-6 if precision == "fp32" else 2e-3, atol=0)
 
 
 # ---- dropout ---------------------------------------------------------------------------------------------------------
