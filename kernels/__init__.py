@@ -20,6 +20,7 @@ else:
         CrossEntropy,
         LossOutput,
         VocabShard,
+        block_bytes,
         chunk_length,
         linear_cross_entropy,
     )
@@ -31,6 +32,7 @@ else:
         "CrossEntropy",
         "LossOutput",
         "VocabShard",
+        "block_bytes",
         "chunk_length",
         "linear_cross_entropy",
     ]

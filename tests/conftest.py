@@ -12,6 +12,10 @@ TOGETHER = {TESTS / "launch"}
 """Folders whose files share fixtures of the session that are expensive."""
 
 
+# Before the kernels are first imported: Triton runs them in its interpreter, on the CPU. What is asked for by no name
+# ("auto") is plain torch there all the same.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:  # before torch is imported; the processes that tests start get it too
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))

@@ -26,8 +26,9 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,8 @@ IN_DEFAULT_TILINGS = (
     Case("filter", filtered=True),
     ALL_WITH_LOGITS,
 )
+CASES = (*IN_EVERY_TILING, *IN_DEFAULT_TILINGS)
+KERNELS = (*tilings.KERNELS, "sparse_product")
 
 
 @dataclass(frozen=True)
@@ -166,8 +169,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Row:
-    """What came out. `programs`: of a multiprocessor's grid; `resident`: that fit onto it at a time. `matrix`, `tma` and
-    `async_copies` are instructions in the PTX."""
+    """What came out. `programs`: that a multiprocessor has in the grid; `resident`: that fit onto it at a time.
+    `matrix`, `tma` and `async_copies`: how many such instructions the PTX has."""
 
     sm: int
     kernel: str
@@ -306,23 +309,28 @@ def broken_rules(row: Row, job: Job, serialized: bool, tensor_memory: int) -> It
         yield f"{row.resident} programs fit onto a multiprocessor, the grid has {job.tiling.programs}"
 
 
-def all_jobs(capability: int, quick: bool, given: list[tilings.Tiling]) -> list[Job]:
+def all_jobs(capability: int, quick: bool, given: Sequence[tilings.Tiling]) -> Iterator[Job]:
     """What is compiled for a target: of the table's tilings, or of given ones."""
-    jobs: list[Job] = []
     for dtype in ("bf16",) if quick or given else DTYPES:
-        cases = (PLAIN, ALL_AT_ONCE) if quick or dtype == "fp32" else (*IN_EVERY_TILING, *IN_DEFAULT_TILINGS)
-        for case in (PLAIN,) if dtype == "fp16" else cases:
-            for kernel in tilings.KERNELS:
-                found = table(kernel, capability, dtype, case)
-                every = case in IN_EVERY_TILING and dtype != "fp16" and not quick
-                if quick and case != PLAIN:
-                    found = dict([*found.items()][:1])
-                kept = {tiling: default for tiling, default in found.items() if default or every}
-                for tiling, default in dict.fromkeys(given, False).items() if given else kept.items():
-                    jobs.append(Job(kernel, capability, dtype, case, tiling, default))
-        if dtype != "fp16":
-            jobs += sparse_jobs(capability, dtype, quick, given)
-    return jobs
+        for case, kernel in product(cases_of(dtype, capability, quick), tilings.KERNELS):
+            found = table(kernel, capability, dtype, case)
+            if given:
+                found = dict.fromkeys(given, False)
+            elif quick and case != PLAIN:
+                found = dict([*found.items()][:1])
+            elif quick or dtype == "fp16" or case not in IN_EVERY_TILING:
+                found = {tiling: default for tiling, default in found.items() if default}
+            for tiling, default in found.items():
+                yield Job(kernel, capability, dtype, case, tiling, default)
+        if dtype != "fp16" and (capability >= 90 or not quick):
+            yield from sparse_jobs(capability, dtype, quick, given)
+
+
+def cases_of(dtype: str, capability: int, quick: bool) -> tuple[Case, ...]:
+    """fp16 is compiled as bf16 is, and fp32 is what the blocked form is for: a few cases of them will do."""
+    if dtype == "fp16" or (quick and capability < 90):
+        return (PLAIN,)
+    return (PLAIN, ALL_AT_ONCE) if quick or dtype == "fp32" else CASES
 
 
 def table(kernel: str, capability: int, dtype: str, case: Case) -> dict[tilings.Tiling, bool]:
@@ -338,16 +346,13 @@ def table(kernel: str, capability: int, dtype: str, case: Case) -> dict[tilings.
     return found
 
 
-def sparse_jobs(capability: int, dtype: str, quick: bool, given: list[tilings.Tiling]) -> list[Job]:
+def sparse_jobs(capability: int, dtype: str, quick: bool, given: Sequence[tilings.Tiling]) -> Iterator[Job]:
     """The products that leave tiles out: of the same tiles as the gradient kernel's."""
     found = given or [*table("gradient", capability, dtype, Case("filter", filtered=True))]
     by_size = {(tiling.tokens, tiling.columns): tiling for tiling in reversed(found)}
-    kept = [*by_size.values()][-1:] if quick else [*by_size.values()]
-    return [
-        Job("sparse_product", capability, dtype, PLAIN, tiling, False, side)
-        for tiling in kept
-        for side in ("hidden", "weight")
-    ]
+    kept = [found[0]] if quick else by_size.values()
+    for tiling, side in product(kept, ("hidden", "weight")):
+        yield Job("sparse_product", capability, dtype, PLAIN, tiling, False, side)
 
 
 def parse_tiling(text: str) -> tilings.Tiling:
@@ -376,9 +381,10 @@ def write(path: Path, rows: list[Row], about: dict[str, Any], *, add: bool) -> N
 
 
 def show(row: Row) -> None:
+    fit = f"{row.resident}/{row.programs}"
     print(
         f"sm_{row.sm:<4}{row.kernel:23} {row.dtype} {row.case:19}{row.tiling:40}{row.registers:4}{row.stack_bytes:6}"
-        f"{row.shared_bytes:8}{row.resident:3}/{row.programs}{row.matrix:5}{row.tma:4}{row.async_copies:5}  {'; '.join(row.broken)}",
+        f"{row.shared_bytes:8}{fit:>5}{row.matrix:5}{row.tma:4}{row.async_copies:5}  {'; '.join(row.broken)}",
         flush=True,
     )
 
@@ -386,8 +392,11 @@ def show(row: Row) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SHARED_BYTES), default=[80, 90, 100])
-    parser.add_argument("--quick", action="store_true", help="bf16, the table's defaults, plain and all terms")
+    parser.add_argument("--quick", action="store_true", help="bf16, the table's defaults; on sm_80 only plain")
     parser.add_argument("--tiling", type=parse_tiling, nargs="+", default=[], help="instead of the table's, in bf16")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    names = [case.name for case in CASES]
+    parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="CASE", help=", ".join(names))
     parser.add_argument("--out", type=Path, help="a JSON file")
     parser.add_argument("--add", action="store_true", help="keep what FILE has from other versions of Triton")
     arguments = parser.parse_args()
@@ -397,6 +406,8 @@ def main() -> int:
         triton.knobs.cache.dir = folder  # what is in a cache was compiled in silence
         for arch in arguments.arch:
             for job in all_jobs(arch, arguments.quick, arguments.tiling):
+                if job.kernel not in arguments.kernels or job.case.name not in arguments.cases:
+                    continue
                 rows.append(compile_job(job))
                 show(rows[-1])
     about = {

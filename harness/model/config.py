@@ -178,5 +178,6 @@ class LossSection(Section):
     cross-entropy; 1 to 2: generalised cross-entropy, which bears with wrong targets; 2: mean absolute error; 0:
     sum-exponential."""
 
-    implementation: Literal["auto", "blocked", "reference"] = "auto"
-    """Which implementation of the fused linear cross-entropy runs. `reference` is float64 and slow, for checks."""
+    implementation: Literal["auto", "blocked", "triton", "reference"] = "auto"
+    """Which implementation of the fused linear cross-entropy runs. `auto`: the Triton kernels for 16-bit weights on a
+    GPU, else blocked, in plain torch. `reference` is float64 and slow, for checks."""

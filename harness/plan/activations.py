@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness.kernels import chunk_length
+from harness.kernels import block_bytes, chunk_length
 from harness.model import LossSection, ModelSection
 
 FP32_BYTES = 4
@@ -113,14 +113,16 @@ def loss_bytes(work: Workload, rows: int, columns: int) -> int:
     if work.loss.implementation == "reference":  # float64 logits and their softmax, of the whole vocabulary
         return 2 * tokens * model.vocab_size * 8
     most = min(rows, model.vocab_size)
+    gradients = (rows + tokens) * model.hidden_size * FP32_BYTES
+    gathered = tokens * model.hidden_size * work.element_bytes if work.sequence_parallel else 0
+    if not work.on_host and work.element_bytes < FP32_BYTES and work.loss.implementation != "blocked":
+        # Triton; where ranks share the tokens a chunk of them is gathered at a time, in the backward.
+        return block_bytes(tokens, most, model.hidden_size, work.element_bytes) + gradients + gathered
     length = chunk_length(tokens, most, FP32_BYTES, work.on_host)
     powers = work.loss.tau != 1.0 and work.loss.label_smoothing > 0
     chunk = length * columns * FP32_BYTES * (1 + (model.logit_softcap is not None) + powers)
     matrix = 0 if work.element_bytes == FP32_BYTES else columns * model.hidden_size * FP32_BYTES
-    weight_gradient = rows * model.hidden_size * FP32_BYTES
-    hidden_gradient = tokens * model.hidden_size * FP32_BYTES
-    gathered = tokens * model.hidden_size * work.element_bytes if work.sequence_parallel else 0
-    return chunk + matrix + weight_gradient + hidden_gradient + gathered
+    return chunk + matrix + gradients + gathered
 
 
 def recomputed_bytes(work: Workload) -> int:

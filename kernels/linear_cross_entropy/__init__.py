@@ -6,6 +6,7 @@ the tokens), chunk.py and gradient.py (the arithmetic); operator.py registers it
 """
 
 from .comp_sum import CompSum, CrossEntropy
+from .fused.plan import block_bytes
 from .interface import linear_cross_entropy
 from .sweep import chunk_length
 from .types import IGNORE_INDEX, OUTPUTS, LossOutput, VocabShard
@@ -17,6 +18,7 @@ __all__ = [
     "CrossEntropy",
     "LossOutput",
     "VocabShard",
+    "block_bytes",
     "chunk_length",
     "linear_cross_entropy",
 ]

@@ -67,7 +67,7 @@ def _machine_problem(device: torch.device) -> str | None:
 def _import_problem() -> str | None:
     # A statement and not importlib's function, which torch.compile does not follow.
     try:
-        from . import fused  # noqa: F401
+        from .fused import passes  # noqa: F401
     except ImportError as error:
         return f"Triton cannot be imported ({error}); pip install 'harness[triton]'"
     return None

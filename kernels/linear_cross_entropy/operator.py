@@ -66,7 +66,7 @@ def loss_operator(
     names = outputs.split(",") if outputs else []
     kept: Sequence[Tensor | None] = (None,) * 4
     if fused:
-        from .fused import forward_pass
+        from .fused.passes import forward_pass
 
         swept, left = forward_pass(problem, names, filter_bound)
         kept = (left.planes, left.tops, left.needed, left.share)
@@ -124,7 +124,7 @@ def gradients_operator(
     upstream = owed_by_token(problem, weights, upstream)
     dtypes = _gradient_dtypes(hidden, weight, bias, weight_grad_dtype)
     if kept:
-        from .fused import Kept, backward_pass
+        from .fused.passes import Kept, backward_pass
 
         names = outputs.split(",") if outputs else []
         formed = backward_pass(problem, Kept(*kept), upstream, Wanted(*wanted), dtypes[1], filter_weight, names)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-
-# Decides, when the kernels are first imported, that Triton runs them here, on the CPU.
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

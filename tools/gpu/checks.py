@@ -39,7 +39,7 @@ def run_check(name: str, device: Device, seed: int, check: Callable[[], tuple[Er
         if name not in FATAL:
             device.synchronize()
         result |= figures
-        result["errors"] = {what: [_plain(error), tolerance] for what, (error, tolerance) in errors.items()}
+        result["errors"] = {what: [plain(error), tolerance] for what, (error, tolerance) in errors.items()}
         if not all(error <= tolerance for error, tolerance in errors.values()):  # this way round for nan
             result["outcome"] = "failed"
     except UnsupportedError as reason:
@@ -51,7 +51,7 @@ def run_check(name: str, device: Device, seed: int, check: Callable[[], tuple[Er
     return result
 
 
-def _plain(error: float) -> float | str:
+def plain(error: float) -> float | str:
     """JSON has no infinity."""
     return error if math.isfinite(error) else "not finite"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -64,8 +65,14 @@ def shape_lines(shape: dict[str, Any]) -> list[str]:
         line = f"  {each['name']:41} {each['milliseconds']:9.2f} ms  {share:6.1%} of the rate"
         if "beyond_bytes" in each:
             line += f"  {each['beyond_bytes'] / 2**20:9.1f} MiB beyond ({each['beyond_share']:.1%})"
-        lines.append(line if each["right"] else f"{line}  WRONG: {each['errors']}")
+        worst = max(_number(error) for error, _ in each["errors"].values())
+        lines.append(f"{line}  error {worst:.1e}" + ("" if each["right"] else "  WRONG"))
     return lines
+
+
+def _number(error: float | str) -> float:
+    """JSON has no infinity: a string says that an error is not finite."""
+    return math.inf if isinstance(error, str) else error
 
 
 def readme_lines(document: dict[str, Any] | None, path: str) -> list[str]:

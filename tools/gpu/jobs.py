@@ -21,6 +21,8 @@ from typing import Any
 COMMAND = [sys.executable, str(Path(__file__).with_name("worker.py"))]
 """What starts a worker; the path of its job comes behind."""
 POLL_SECONDS = 0.05
+EXIT_SECONDS = 10
+"""For a worker that has said that it is done."""
 LOG_TAIL = 1500
 """Characters of a dead worker's output that are kept."""
 
@@ -52,6 +54,8 @@ class Worker:
         status = self._process.poll()
         messages = self._read()  # after the status: nothing is said after the end
         if self.done:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(EXIT_SECONDS)
             self.stop()
             return messages
         how: str | None = None

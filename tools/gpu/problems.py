@@ -19,6 +19,8 @@ DIFFERENTIABLE = ("lse", "logprob", "entropy", "max_prob")
 LEAVES = ("hidden", "weight", "bias", "perturbed_hidden")
 STEEPNESS = 14.0
 """Nats by which a steep bias falls over the vocabulary: far columns hold next to nothing."""
+FEW_CLASSES = 8
+"""Up to which no target's logit is raised: float64 itself has no digits of a loss of 1e-17."""
 LEAST_GAP = 1e-4
 """Between the two largest logits of a token whose likeliest class is compared: rounding must not decide it."""
 DRAWS = 100
@@ -74,7 +76,7 @@ def _draw(case: Case, device: Device) -> Problem:
         weight = weight * 1500
     elif case.tau is not None and case.tau < 1.0:
         hidden = hidden * 0.5  # else the least likely token's 1/p is all that counts
-    else:
+    elif case.vocab_size > FEW_CLASSES:
         hidden = hidden + weight[targets] * (5 * torch.rand(*case.tokens, 1, **where))
     leaves = {"hidden": hidden.to(dtype), "weight": weight.to(dtype)}
     if "bias" in case.tensors:

@@ -12,7 +12,7 @@ from torch import Tensor
 from gpu.cases import EVERYTHING, Case
 from gpu.checks import OUT_OF_RANGE, UnsupportedError, small_blocks
 from gpu.device import Device, Shape
-from gpu.problems import DTYPES, Problem, draw, solve
+from gpu.problems import Problem, draw, solve
 from gpu.truth import TOLERANCES, Errors, compare, compare_rows, distance, exact, exact_rows, sample_rows
 from harness.kernels import linear_cross_entropy
 
@@ -67,7 +67,7 @@ def _case(device: Device, implementation: str, name: str, terms: dict[str, Any],
 
 def steep_problem(device: Device, dtype: str) -> Problem:
     """Most of the probability in few tiles."""
-    tokens, vocab_size, dim = ((48,), 512, 16) if device.kind == "cpu" else ((1000,), 16384, 256)
+    tokens, vocab_size, dim = ((30,), 320, 16) if device.kind == "cpu" else ((1000,), 16384, 256)
     settings = {"weight_grad_dtype": "fp32"}
     case = Case(
         name="filter", implementation="triton", dtype=dtype, tokens=tokens, vocab_size=vocab_size, dim=dim,
@@ -77,8 +77,8 @@ def steep_problem(device: Device, dtype: str) -> Problem:
 
 
 def check_filter(device: Device, dtype: str, *, filter_weight: bool) -> tuple[Errors, dict[str, Any]]:
-    """What is left out of a token's gradient has at most BOUND of its probability: Σ p·‖W_v‖ over it is no more than the
-    bound times the longest row of weight; and likewise Σ p·‖x‖ for weight's gradient. Nothing else changes."""
+    """What is left out of a token's gradient has at most BOUND of its probability: Σ p·‖W_v‖ over it is no more than
+    the bound times the longest row of weight; and likewise Σ p·‖x‖ for weight's gradient. Nothing else changes."""
     problem = steep_problem(device, dtype)
     allowed = TOLERANCES[dtype]
     wanted = exact(problem)
@@ -100,10 +100,6 @@ def check_filter(device: Device, dtype: str, *, filter_weight: bool) -> tuple[Er
         gap = (got[1]["weight"].double() - wanted[1]["weight"]).norm() - allowed.gradient * wanted[1]["weight"].norm()
         errors["weight's gradient, of the bound"] = (float(gap.clamp(min=0.0) / most), BOUND)
     errors["kept share, which must be below 0.9"] = (float(share), 0.9)
-    unfiltered = solve(problem, "triton", filter_bound=0.0)
-    same = all(torch.equal(one, other) for one, other in zip(
-        unfiltered[1].values(), solve(problem, "triton")[1].values(), strict=True))  # fmt: skip
-    errors["a bound of 0 changes something"] = (float(not same), 0.0)
     return errors, {"kept_share": float(share), "largest_error_of_a_row": float(error.max())}
 
 

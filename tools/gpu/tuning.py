@@ -19,7 +19,6 @@ from harness.kernels.linear_cross_entropy.fused import launch, plan, tilings
 from harness.kernels.linear_cross_entropy.fused.products import accumulate
 from harness.kernels.linear_cross_entropy.types import Terms
 
-CALLS = 3
 STRIPS = 16
 """Of the vocabulary, one after another in a call: one alone is too short to time."""
 WORKSPACES: tuple[dict[str, Any], ...] = (
@@ -70,7 +69,7 @@ class Bench:
         try:
             work()
             self.device.synchronize()
-            times = [self.device.milliseconds(work) for _ in range(CALLS)]
+            times = [self.device.milliseconds(work) for _ in range(self.device.least_rounds)]
         except Exception as error:
             if not self.device.alive():
                 raise
@@ -119,19 +118,29 @@ class Bench:
         )
         yield "weight's product, to bf16", over_strips(lambda w: torch.mm(left.t(), right, out=narrow[1]))
 
+    def whole(self) -> Callable[[], list[Tensor]]:
+        """Forward and backward."""
+        leaves = [self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_()]
+        leaves[1].grad_dtype = wide = torch.float32
+
+        def work() -> list[Tensor]:
+            output = linear_cross_entropy(*leaves, self.targets, weight_grad_dtype=wide, implementation="triton")
+            return list(torch.autograd.grad(output.loss, leaves))
+
+        return work
+
+    def in_graph(self) -> dict[str, Any]:
+        """The same replayed as a CUDA graph: what the host costs is the difference."""
+        try:
+            return self.measure(self.device.replayable(self.whole()), 8 * self.shape.products)
+        except Exception as error:
+            self.device.synchronize()
+            return {"error": f"{type(error).__name__}: {error}"[:300]}
+
     def workspaces(self) -> Iterator[dict[str, Any]]:
         """Forward and backward with other sizes of blocks."""
-        leaves = [self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_()]
-        leaves[1].grad_dtype = torch.float32
-
-        def work() -> None:
-            loss = linear_cross_entropy(
-                *leaves, self.targets, weight_grad_dtype=torch.float32, implementation="triton"
-            ).loss
-            loss.backward()
-            leaves[0].grad = leaves[1].grad = None
-
-        for values in WORKSPACES:
+        work = self.whole()
+        for values in WORKSPACES[: self.device.workspaces]:
             with replaced(plan, **values):
                 blocks = plan.plan_blocks(self.shape.tokens, self.shape.vocab_size, self.shape.dim, 2)
                 found = self.measure(work, 8 * self.shape.products)
@@ -162,6 +171,8 @@ def measure_shape(shape: Shape, device: Device, job: dict[str, Any], teller: Tel
         found["steps"] = dict(bench.steps())
     if in_time("workspaces"):
         found["workspaces"] = list(bench.workspaces())
+    if in_time("graph"):
+        found["graph"] = bench.in_graph()
     return found
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +40,15 @@ class Teller:
 
 
 def check_all(job: dict[str, Any], device: Device, teller: Teller) -> None:
-    """The checks of this worker's share, or those that need the device to themselves."""
-    if job["share"] is None:
-        each = special.list_checks(device)
+    """This worker's share of one of the two lists of checks."""
+    if job["special"]:
+        every = special.list_checks(device)
     else:
-        number, count = job["share"]
-        cases = checks.cases_of(device, job["seed"], job["combinations"])[number::count]
-        each = {case.name: lambda case=case: checks.check_case(case, device) for case in cases}
+        cases = checks.cases_of(device, job["seed"], job["combinations"])
+        every = {case.name: partial(checks.check_case, case, device) for case in cases}
+    number, count = job["share"]
+    names = [name for name in every if re.search(job["only"], name)][number::count]
+    each = {name: every[name] for name in names}
     teller.tell(plan=list(each))
     for name in teller.left(list(each)):
         teller.tell(begin=name)

@@ -39,5 +39,11 @@ def plan_blocks(tokens: int, columns: int, width: int, element_bytes: int, parts
     return Plan(chunk, _up(-(-columns // max(strips, 1))))
 
 
+def block_bytes(tokens: int, columns: int, width: int, element_bytes: int) -> int:
+    """What one block takes: all that the backward holds beyond inputs and gradients, but for a few numbers a token."""
+    plan = plan_blocks(tokens, columns, width, element_bytes)
+    return min(plan.chunk, tokens) * min(plan.strip, columns) * element_bytes
+
+
 def _up(value: int) -> int:
     return max(-(-value // MULTIPLE), 1) * MULTIPLE

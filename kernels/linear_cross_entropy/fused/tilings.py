@@ -59,7 +59,8 @@ class ProblemClass:
 def candidates(problem: ProblemClass) -> list[Tiling]:
     """All tilings that can be chosen for a class of problems; the first is the default."""
     if problem.capability == 0:
-        return [Tiling(32, 64, 32, 4, 2), Tiling(32, 64, 32, 4, 2, descriptors=True)]
+        sizes = (64, 128, 64), (32, 64, 32)
+        return [Tiling(*size, 4, 2, descriptors) for size in sizes for descriptors in (False, True)]
     if problem.element_bytes == 4:  # no matrix instructions keep fp32 whole
         return [Tiling(64, 64, 32, 4, 2), Tiling(32, 64, 32, 4, 2)]
     if problem.capability >= 90:
