@@ -60,8 +60,8 @@ TENSOR_MEMORY_COLUMNS = 512
 MATRIX_INSTRUCTIONS = {80: "mma.sync.aligned", 90: "wgmma.mma_async.", 100: "tcgen05.mma.", 120: "mma.sync.aligned"}
 """From which capability on. `mma.sync` on sm_90 would be half as fast as it can be."""
 STACK_BYTES = {"default": 0, "plain": 64, "one term": 256, "all terms": 1024}
-"""Budgets: of the plain loss in the tilings that it gets unless told otherwise, and in others; of one thing more than
-that; of everything at once."""
+"""Budgets: of the plain loss of 16 bits in the tilings that it gets unless told otherwise, and in others; of one thing
+more than that; of everything at once."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STRIP = 1024
 
@@ -218,10 +218,13 @@ class Compiler:
         self.driver = Driver()
         self.compiled: list[tuple[str, Any]] = []
         self.logs: dict[str, str] = {}
-        self.kernels = {name: value for name, value in vars(device).items() if name.endswith("_kernel")}
+        kernels = {name: value for name, value in vars(device).items() if name.endswith("_kernel")}
+        unknown = kernels.keys() - {f"{name}_kernel" for name in KERNELS}
+        if unknown:
+            raise SystemExit(f"compile_kernels: does not know how {', '.join(sorted(unknown))} of device.py is started")
         triton.runtime.driver.set_active(self.driver)
         triton.knobs.nvidia.dump_ptxas_log = True
-        for name, kernel in self.kernels.items():
+        for name, kernel in kernels.items():
             kernel.run = self._instead_of_running(name, kernel)
 
     def _instead_of_running(self, name: str, kernel: triton.JITFunction) -> Callable[..., None]:
@@ -296,7 +299,7 @@ def broken_rules(row: Row, job: Job, serialized: bool, tensor_memory: int) -> It
         yield f"{row.shared_bytes:,} bytes of shared memory, a block may have {limit:,}"
     if tensor_memory > TENSOR_MEMORY_COLUMNS:
         yield f"{tensor_memory} columns of tensor memory, there are {TENSOR_MEMORY_COLUMNS}"
-    kind = job.case.budget(job.default)
+    kind = job.case.budget(job.default and job.dtype != "fp32")
     if row.stack_bytes > STACK_BYTES[kind]:
         yield f"{row.stack_bytes} bytes of stack, {STACK_BYTES[kind]} are the budget ({kind})"
     if row.dtype != "fp32" and not row.matrix:
@@ -418,11 +421,8 @@ def main() -> int:
     if arguments.out:
         write(arguments.out, rows, about, add=arguments.add)
     broken = [row for row in rows if row.broken]
-    missing = compile_job.kernels.keys() - {f"{row.kernel.partition(':')[0]}_kernel" for row in rows}
-    if missing:
-        print(f"of fused/device.py never compiled: {', '.join(sorted(missing))}")
     print(f"{len(rows)} kernels, {len(broken)} break a rule; {about['versions']}")
-    return 1 if broken or missing else 0
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

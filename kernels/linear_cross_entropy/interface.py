@@ -99,8 +99,8 @@ def linear_cross_entropy(
     formed in the forward and can be used once (a second backward raises RuntimeError); 8 for none; 2 less for each of
     hidden and weight that needs no gradient; 2 under no_grad. Where outputs are differentiated beside a mean or sum,
     all is recomputed in the backward: 6 more. Triton: 8, or 2 less likewise, whatever the reduction; the backward may
-    be run more than once. Its memory beyond the gradients is 1 % of theirs in fp32, and no less than 16 MiB; hidden
-    states of ignored tokens must be finite. torch.compile takes the call into its graph as one operator.
+    be run more than once. Its memory beyond the gradients is 1 % of theirs in fp32, or up to 64 MiB where D is small;
+    hidden states of ignored tokens must be finite. torch.compile takes the call into its graph as one operator.
 
     Where ranks share the vocabulary (`shard.group`): each holds its own rows of weight and bias, and all call this
     together, with otherwise the same arguments and the same inputs in need of gradients.

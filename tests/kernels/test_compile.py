@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,9 +106,22 @@ def test_the_rules_bite(planted: tuple[int, Rows, str]) -> None:
     assert all(rule in printed for row in rows for rule in row["broken"])
 
 
-def test_a_kernel_that_is_never_compiled_is_named(planted: tuple[int, Rows, str]) -> None:
-    _, _, printed = planted
-    assert "never compiled: gradient_kernel, sparse_product_kernel" in printed
+def test_it_needs_the_files_beside_it_alone_and_knows_all_their_kernels(tmp_path: Path) -> None:
+    """In a copy with one kernel more: what is installed here has none such."""
+    device = "kernels/linear_cross_entropy/fused/device.py"
+    for folder in ("harness", "tools"):
+        (tmp_path / folder).mkdir()
+    for name in ("harness/__init__.py", "tools/compile_kernels.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / device).open("a") as file:
+        file.write("\n\n@triton.jit\ndef another_kernel(x):\n    tl.store(x, 0)\n")
+    run = subprocess.run(
+        [sys.executable, "tools/compile_kernels.py"],
+        cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert run.stderr == "compile_kernels: does not know how another_kernel of device.py is started\n"
 
 
 def test_the_interpreter_is_refused(tmp_path: Path) -> None:

@@ -58,11 +58,11 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{first} + {second}", {**some, **others}
 
 
-def prepare(settings: dict[str, Any]) -> tuple[Problem, tuple[str, ...], dict[str, Any]]:
+def prepare(settings: dict[str, Any], vocab_size: int = 37) -> tuple[Problem, tuple[str, ...], dict[str, Any]]:
     """The problem, the fields to differentiate, and the arguments, of dimensions that fit no block."""
     settings = dict(settings)
     drawn = {"tokens": 23, **{key: settings.pop(key) for key in DRAWN & settings.keys()}}
-    problem = draw(dim=11, vocab_size=37, ignore_index=settings.get("ignore_index", -100), **drawn)
+    problem = draw(dim=11, vocab_size=vocab_size, ignore_index=settings.get("ignore_index", -100), **drawn)
     problem.weight /= 2  # so that 1 / p stays within fp16
     if "dtypes" in settings:
         hidden, weight = settings.pop("dtypes")

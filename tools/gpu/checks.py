@@ -15,7 +15,7 @@ from gpu.cases import Case, list_cases, tiling_cases
 from gpu.device import Device
 from gpu.problems import Problem, draw, replaced, solve
 from gpu.truth import Errors, compare, exact
-from harness.kernels.linear_cross_entropy.fused import launch, plan, tilings
+from harness.kernels.linear_cross_entropy.fused import launch, passes, plan, tilings
 
 Result = dict[str, Any]
 TRACEBACK_CHARACTERS = 3000
@@ -96,7 +96,8 @@ def only_tiling(tiling: tilings.Tiling) -> Iterator[None]:
 @contextmanager
 def small_blocks(device: Device) -> Iterator[None]:
     """The backward in as many chunks and strips as it can be."""
-    with replaced(plan, WORKSPACE_SHARE=0.0, LEAST_WORKSPACE_BYTES=1, MULTIPLE=device.least_block):
+    blocks = plan.Plan(device.least_block, device.least_block)
+    with replaced(passes, plan_blocks=lambda *arguments: blocks):
         yield
 
 

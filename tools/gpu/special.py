@@ -140,7 +140,7 @@ def check_compiled(device: Device, case: Case) -> tuple[Errors, dict[str, Any]]:
         leaves = [problem.leaves[name].detach().requires_grad_() for name in ("hidden", "weight")]
         loss, waves = function(*leaves)
         found.append([loss, waves, *torch.autograd.grad([loss, waves.sum()], leaves)])
-    torch._dynamo.reset()
+    torch.compiler.reset()
     allowed = TOLERANCES[case.dtype]
     names = ("loss", "lse", "hidden's gradient", "weight's gradient")
     tolerances = (allowed.values, allowed.values, allowed.gradient, allowed.gradient)

@@ -253,5 +253,5 @@ def measure_all(job: dict[str, Any], device: Device, teller: Teller) -> None:
         end = time.time() + (job["until"] - time.time()) / (len(left) - number)
         result = measure_shape(shapes[name], device, job, teller, end)
         teller.tell(result=result)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         device.free()

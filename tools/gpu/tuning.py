@@ -15,24 +15,26 @@ from gpu.device import Device, Shape
 from gpu.problems import replaced
 from gpu.speed import Teller
 from harness.kernels import linear_cross_entropy
-from harness.kernels.linear_cross_entropy.fused import launch, plan, tilings
+from harness.kernels.linear_cross_entropy.fused import launch, passes, plan, tilings
 from harness.kernels.linear_cross_entropy.fused.products import accumulate
 from harness.kernels.linear_cross_entropy.types import Terms
 
 STRIPS = 16
 """Of the vocabulary, one after another in a call: one alone is too short to time."""
-WORKSPACES: tuple[dict[str, Any], ...] = (
-    {},
-    {"WORKSPACE_SHARE": 0.005},
-    {"WORKSPACE_SHARE": 0.02},
-    {"WORKSPACE_SHARE": 0.05},
-    {"WORKSPACE_SHARE": 0.25},
-    {"LEAST_WORKSPACE_BYTES": 64 << 20},
-    {"LEAST_WORKSPACE_BYTES": 256 << 20},
-    {"SHORT_STRIP": 512},
-    {"SHORT_STRIP": 2048},
-    {"SHORT_STRIP": 4096},
+BLOCKS = (
+    (1, 1),
+    (1, 1 / 2),
+    (1, 2),
+    (1, 4),
+    (1, 16),
+    (1 / 2, 1),
+    (1 / 2, 2),
+    (1 / 4, 4),
+    (2, 1 / 2),
+    (4, 1 / 4),
+    (100, 1),
 )
+"""Multiples of the planned tokens a chunk and columns a strip; at most all tokens."""
 
 
 class Bench:
@@ -140,13 +142,22 @@ class Bench:
     def workspaces(self) -> Iterator[dict[str, Any]]:
         """Forward and backward with other sizes of blocks."""
         work = self.whole()
-        for values in WORKSPACES[: self.device.workspaces]:
-            with replaced(plan, **values):
-                blocks = plan.plan_blocks(self.shape.tokens, self.shape.vocab_size, self.shape.dim, 2)
+        tokens, columns, _ = self.shape
+        sizes = [
+            (_up(self.plan.chunk * chunk, tokens), _up(self.plan.strip * strip, columns)) for chunk, strip in BLOCKS
+        ]
+        for chunk, strip in list(dict.fromkeys(sizes))[: self.device.workspaces]:
+            with replaced(passes, plan_blocks=lambda *arguments, sizes=(chunk, strip): plan.Plan(*sizes)):
                 found = self.measure(work, 8 * self.shape.products)
                 if "error" not in found:
                     found["peak_bytes"] = self.device.peak_bytes(work)
-            yield {"changed": values, "chunk": blocks.chunk, "strip": blocks.strip, **found}
+            yield {"chunk": chunk, "strip": strip, "block_bytes": 2 * chunk * strip, **found}
+
+
+def _up(value: float, most: int) -> int:
+    """To a multiple of what blocks are cut at, but to no more than holds `most`."""
+    unit = plan.MULTIPLE
+    return min(max(-(-int(value) // unit), 1), -(-most // unit)) * unit
 
 
 def measure_shape(shape: Shape, device: Device, job: dict[str, Any], teller: Teller) -> dict[str, Any]:

@@ -137,18 +137,19 @@ def run_facts(
     tops = head.hidden.new_zeros((splits, tokens if top else 0), dtype=torch.int32)
     lses = head.hidden.new_full((tokens, column_tiles), float("-inf"), dtype=torch.float32) if tile_lses else None
     items = -(-tokens // tiling.tokens) * splits
-    device.facts_kernel[(min(items, programs),)](
-        **_matrices(head, tiling),
-        **_shared_options(head, tiling),
-        facts=facts,
-        tops=tops,
-        tile_lses=lses,
-        tiles_a_split=tiles_a_split,
-        SMOOTHING=smoothing_mode(head.terms),
-        ENTROPY=entropy,
-        TOP=top,
-        TILE_LSES=tile_lses,
-    )
+    with torch.cuda.device_of(head.hidden):  # Triton launches on the current device
+        device.facts_kernel[(min(items, programs),)](
+            **_matrices(head, tiling),
+            **_shared_options(head, tiling),
+            facts=facts,
+            tops=tops,
+            tile_lses=lses,
+            tiles_a_split=tiles_a_split,
+            SMOOTHING=smoothing_mode(head.terms),
+            ENTROPY=entropy,
+            TOP=top,
+            TILE_LSES=tile_lses,
+        )
     return facts, tops, lses
 
 
@@ -180,23 +181,24 @@ def run_gradient(
     """Writes the derivative by the logits of the columns in `strip` to `out` (N, strip): see gradient_kernel."""
     programs = _multiprocessors(head.hidden.device.index) * tiling.programs
     items = -(-len(head.hidden) // tiling.tokens) * -(-len(strip) // tiling.columns)
-    device.gradient_kernel[(min(items, programs),)](
-        **_matrices(head, tiling),
-        **_shared_options(head, tiling),
-        coefficients=coefficients,
-        tops=tops,
-        kept=kept,
-        gradient=out,
-        bias_sums=bias_sums,
-        start_strip=strip.start,
-        end_strip=strip.stop,
-        gradient_stride=out.stride(0),
-        SMOOTHING=smoothing_mode(head.terms),
-        ENTROPY=entropy,
-        TOP=tops is not None,
-        FILTERED=kept is not None,
-        BIAS_SUMS=bias_sums is not None,
-    )
+    with torch.cuda.device_of(head.hidden):  # Triton launches on the current device
+        device.gradient_kernel[(min(items, programs),)](
+            **_matrices(head, tiling),
+            **_shared_options(head, tiling),
+            coefficients=coefficients,
+            tops=tops,
+            kept=kept,
+            gradient=out,
+            bias_sums=bias_sums,
+            start_strip=strip.start,
+            end_strip=strip.stop,
+            gradient_stride=out.stride(0),
+            SMOOTHING=smoothing_mode(head.terms),
+            ENTROPY=entropy,
+            TOP=tops is not None,
+            FILTERED=kept is not None,
+            BIAS_SUMS=bias_sums is not None,
+        )
 
 
 def run_sparse_product(
@@ -208,27 +210,28 @@ def run_sparse_product(
     width = right.shape[1]
     block_width = min(128, max(16, triton.next_power_of_2(width)))
     grid = (-(-rows // tile[0]) * -(-width // block_width),)
-    device.sparse_product_kernel[grid](
-        left,
-        right,
-        out,
-        kept,
-        rows,
-        inner,
-        width,
-        left.stride(0),
-        left.stride(1),
-        right.stride(0),
-        out.stride(0),
-        kept.stride(0),
-        kept.stride(1),
-        ADD=add,
-        BLOCK_R=tile[0],
-        BLOCK_I=tile[1],
-        BLOCK_K=min(64, tile[1]),
-        BLOCK_D=block_width,
-        UPCAST=interpreted() and left.dtype != torch.float32,
-        PRECISION="ieee",
-        num_warps=8 if tile[0] * block_width >= 128 * 128 else 4,
-        num_stages=3,
-    )
+    with torch.cuda.device_of(left):
+        device.sparse_product_kernel[grid](
+            left,
+            right,
+            out,
+            kept,
+            rows,
+            inner,
+            width,
+            left.stride(0),
+            left.stride(1),
+            right.stride(0),
+            out.stride(0),
+            kept.stride(0),
+            kept.stride(1),
+            ADD=add,
+            BLOCK_R=tile[0],
+            BLOCK_I=tile[1],
+            BLOCK_K=min(64, tile[1]),
+            BLOCK_D=block_width,
+            UPCAST=interpreted() and left.dtype != torch.float32,
+            PRECISION="ieee",
+            num_warps=8 if tile[0] * block_width >= 128 * 128 else 4,
+            num_stages=3,
+        )

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 WORKSPACE_SHARE = 0.01
 """Of the gradients of hidden and weight, counted in fp32: what a block may take."""
-LEAST_WORKSPACE_BYTES = 16 << 20
-"""However small the gradients are: smaller blocks make products too short to be worth their launch."""
+LEAST_OPERATIONS, MOST_FOR_THEM_BYTES = 1.4e11, 64 << 20
+"""Of a block, floating-point, however small the gradients are: an H200 is done with them in about 0.2 ms, and the host
+needs not much less to launch a block's kernels. The bytes that this may take, where the width is small."""
 SHORT_STRIP = 1024
 """Columns below which reading and writing hidden's gradient once a strip takes longer than the strip's products."""
 MULTIPLE = 256
@@ -23,14 +24,15 @@ class Plan:
 
 
 def plan_blocks(tokens: int, columns: int, width: int, element_bytes: int, parts: int = 1) -> Plan:
-    """Blocks within the workspace.
+    """Blocks within the workspace: WORKSPACE_SHARE, or what LEAST_OPERATIONS take.
 
     Each block adds to a chunk's rows of hidden's gradient and to a strip's rows of weight's, in global memory:
     8·N·V·D·(1/strip + 1/chunk) bytes in all. All tokens in one chunk, where that leaves strips of SHORT_STRIP: then
     weight's gradient is written once and never read. `parts`: chunks at least, where there are so many MULTIPLEs.
     """
     share = int(WORKSPACE_SHARE * 4 * (tokens + columns) * width)
-    elements = max(share, LEAST_WORKSPACE_BYTES) // element_bytes
+    least = min(int(LEAST_OPERATIONS / 6 / width) * element_bytes, MOST_FOR_THEM_BYTES)
+    elements = max(share, least) // element_bytes
     most = max(elements // min(SHORT_STRIP, _up(columns)), MULTIPLE)
     chunks = max(-(-tokens // most), min(parts, -(-tokens // MULTIPLE)), 1)
     chunk = _up(-(-tokens // chunks))
