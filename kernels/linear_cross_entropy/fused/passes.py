@@ -3,7 +3,8 @@ block, and multiplies each block's gradient out at once.
 
 Where gradients accumulate: a block is a chunk of tokens by a strip of columns. Within a block the products sum over its
 columns (for hidden) and over its tokens (for weight), in fp32; sums over blocks are added up in fp32 in global memory,
-in the order of the blocks. Nothing is added up in 16 bits, and nothing in an order that may change.
+in the order of the blocks: hidden's for one chunk at a time, which is then rounded into its place. Nothing is added up
+in 16 bits, and nothing in an order that may change.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from .plan import plan_blocks
 from .products import accumulate
 from .tilings import Tiling
 
-OVERLAPPED_CHUNKS = 4
-"""Where ranks share the vocabulary, chunks at least: each one's gradient travels while the next one's is computed."""
+LEAST_CHUNKS, LEAST_CHUNKS_OF_RANKS = 2, 4
+"""Half of hidden's gradient in fp32, and all of it in 16 bits, take no more than all of it in fp32. Where ranks share
+the vocabulary each chunk's gradient travels while the next one's is computed."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,12 @@ def backward_pass(
     filter_weight: bool,
     outputs: Sequence[str],
 ) -> list[Tensor | None]:
-    """Gradients of hidden (fp32), weight (`weight_dtype`, or fp32) and bias (fp32) of Σ upstream · (losses and
+    """Gradients of hidden (in its dtype), weight (`weight_dtype`, or fp32) and bias (fp32) of Σ upstream · (losses and
     outputs); upstream (N,) each, `outputs` those of the forward.
 
     2 NVD for the logits, and 2 more for each of hidden's and weight's gradients. Memory beyond the results: a block
-    (plan.py), a strip of weight's gradient in fp32 where it is to be rounded, and where ranks share the tokens, a chunk
-    of all ranks' hidden and of its gradient.
+    (plan.py); a chunk of hidden's gradient in fp32 where it is to be rounded, and a strip of weight's likewise; where
+    ranks share the vocabulary a second chunk, and under sequence parallelism chunks are those of all ranks' tokens.
     """
     ignored = problem.targets == problem.terms.ignore_index
     whole = unpack(kept.planes, problem.terms, entropy="entropy" in outputs)
@@ -110,18 +112,13 @@ def backward_pass(
     given = (None if value is None else value.float().masked_fill(ignored, 0.0)[:, None] for value in upstream)
     coefficients = kernel_coefficients(chunk, weigh(chunk, Upstream(*given)), ignored)
     unit: Tensor | None = None
-    if problem.hidden.dtype == torch.float16:
+    if problem.hidden.dtype == torch.float16 and len(problem.targets):
         coefficients, unit = _into_range(coefficients)
     labels, _ = _labels(problem, ignored)
     head = _head(problem, problem.hidden, labels)
     tops = kept.tops if upstream.max_prob is not None else None
-    blocks = _Blocks(problem, head, kept, coefficients, tops, wanted, weight_dtype, filter_weight, outputs)
-    gradients = blocks.gradients(entropy=upstream.entropy is not None)
-    if unit is not None:
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.div_(unit)
-    return gradients
+    blocks = _Blocks(problem, head, kept, coefficients, tops, unit, wanted, weight_dtype, filter_weight, outputs)
+    return blocks.gradients(entropy=upstream.entropy is not None)
 
 
 class _Blocks:
@@ -134,12 +131,13 @@ class _Blocks:
         kept: Kept,
         coefficients: Tensor,
         tops: Tensor | None,
+        unit: Tensor | None,
         wanted: Wanted,
         weight_dtype: torch.dtype,
         filter_weight: bool,
         outputs: Sequence[str],
     ) -> None:
-        self.problem, self.head, self.coefficients, self.tops = problem, head, coefficients, tops
+        self.problem, self.head, self.coefficients, self.tops, self.unit = problem, head, coefficients, tops, unit
         self.needed = kept.needed if kept.needed.numel() else None
         self.filter_weight = filter_weight
         self.shard = problem.shard
@@ -147,30 +145,57 @@ class _Blocks:
         top = "correct" in outputs or "max_prob" in outputs
         filtered = self.needed is not None
         self.tiling = _gradient_tiling(head, tokens, entropy="entropy" in outputs, top=top, filtered=filtered)
+        # A 16-bit gradient of weight that is complete at once needs no whole one in fp32.
+        rounded_at_once = weight_dtype != torch.float32 and unit is None and not (filtered and filter_weight)
+        one_chunk = wanted.weight and rounded_at_once and self.shard.ranks == 1
+        parts = LEAST_CHUNKS_OF_RANKS if self.shard.ranks > 1 else 1 if one_chunk else LEAST_CHUNKS
         # By the rank with most columns: all ranks must have the same chunks, or their collectives would not meet.
-        parts = OVERLAPPED_CHUNKS if self.shard.ranks > 1 else 1
-        most = max(self.shard.most_columns, 1)
-        self.plan = plan_blocks(tokens, most, width, problem.hidden.element_size(), parts)
+        most, size = max(self.shard.most_columns, 1), problem.hidden.element_size()
+        self.plan = plan_blocks(tokens, most, width, size, parts=parts, one_chunk=one_chunk)
         new = problem.hidden.new_zeros
-        self.hidden_grad = new(problem.hidden.shape, dtype=torch.float32) if wanted.hidden else None
+        self.hidden_grad = torch.empty_like(problem.hidden) if wanted.hidden else None
         self.weight_grad: Tensor | None = None
         if wanted.weight:
-            at_once = tokens <= self.plan.chunk and not (filtered and filter_weight)
-            dtype = weight_dtype if at_once and problem.hidden.dtype != torch.float16 else torch.float32
-            self.weight_grad = new((rows, width), dtype=dtype)
+            rounded_at_once &= tokens <= self.plan.chunk
+            self.weight_grad = new((rows, width), dtype=weight_dtype if rounded_at_once else torch.float32)
         self.bias_grad = new(rows, dtype=torch.float32) if wanted.bias else None
 
     def gradients(self, *, entropy: bool) -> list[Tensor | None]:
         """Of hidden, weight and bias."""
-        travelling: list[Any] = []
+        travelling: tuple[Any, Tensor, Tensor, slice] | None = None
         for number, rows in enumerate(self._chunks()):
-            head, partial, own = self._chunk(rows)
+            head = self._chunk(rows)
+            partial: Tensor | None = None
+            if self.hidden_grad is not None:
+                partial = head.hidden.new_zeros(head.hidden.shape, dtype=torch.float32)
             self._multiply(head, rows, partial, first=number == 0, entropy=entropy)
-            if partial is not None and own is not None and self.shard.ranks > 1:
-                travelling.append((start_hidden_gradient(partial, own, self.shard), partial))
-        for work, _ in travelling:
-            work.wait()
+            if travelling is not None:
+                self._arrive(*travelling)
+                travelling = None
+            if partial is not None and self.shard.ranks > 1:
+                own = partial
+                if self.shard.sequence_parallel:
+                    own = partial.new_empty(rows.stop - rows.start, partial.shape[1])
+                travelling = start_hidden_gradient(partial, own, self.shard), partial, own, rows
+            elif partial is not None:
+                self._put(partial, rows)
+        if travelling is not None:
+            self._arrive(*travelling)
+        if self.unit is not None:
+            for gradient in (self.weight_grad, self.bias_grad):
+                if gradient is not None:
+                    gradient.div_(self.unit)
         return [self.hidden_grad, self.weight_grad, self.bias_grad]
+
+    def _arrive(self, work: Any, partial: Tensor, own: Tensor, rows: slice) -> None:
+        """A chunk's gradient, complete; `partial` was needed until then."""
+        work.wait()
+        self._put(own, rows)
+
+    def _put(self, gradient: Tensor, rows: slice) -> None:
+        """A chunk's rows of hidden's gradient, rounded into their place."""
+        assert self.hidden_grad is not None
+        self.hidden_grad[rows] = gradient if self.unit is None else gradient.div_(self.unit)
 
     def _chunks(self) -> Iterator[slice]:
         """Of each rank's own tokens; without sequence parallelism, of all."""
@@ -185,16 +210,12 @@ class _Blocks:
         by_rank = values.unflatten(-1, (sharing, -1))[..., rows]
         return by_rank.flatten(-2).contiguous()
 
-    def _chunk(self, rows: slice) -> tuple[Head, Tensor | None, Tensor | None]:
-        """The head over a chunk's tokens; where to add up their gradient, and where the whole one of this rank's tokens
-        belongs."""
+    def _chunk(self, rows: slice) -> Head:
+        """The head over a chunk's tokens."""
         hidden = self.head.hidden[rows]
-        own = None if self.hidden_grad is None else self.hidden_grad[rows]
-        partial = own
         if self.shard.ranks > 1 and self.shard.sequence_parallel:
             hidden = gather(hidden, self.shard)
-            partial = None if own is None else own.new_zeros(hidden.shape)
-        return self.head.of(hidden, self._take(self.head.labels, rows)), partial, own
+        return self.head.of(hidden, self._take(self.head.labels, rows))
 
     def _multiply(self, head: Head, rows: slice, hidden_grad: Tensor | None, *, first: bool, entropy: bool) -> None:
         """A chunk's tokens with all columns, strip by strip."""

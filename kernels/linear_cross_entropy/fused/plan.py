@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isqrt
 
 WORKSPACE_SHARE = 0.01
 """Of the gradients of hidden and weight, counted in fp32: what a block may take."""
@@ -23,18 +24,21 @@ class Plan:
     strip: int
 
 
-def plan_blocks(tokens: int, columns: int, width: int, element_bytes: int, parts: int = 1) -> Plan:
+def plan_blocks(
+    tokens: int, columns: int, width: int, element_bytes: int, *, parts: int = 1, one_chunk: bool = False
+) -> Plan:
     """Blocks within the workspace: WORKSPACE_SHARE, or what LEAST_OPERATIONS take.
 
     Each block adds to a chunk's rows of hidden's gradient and to a strip's rows of weight's, in global memory:
-    8·N·V·D·(1/strip + 1/chunk) bytes in all. All tokens in one chunk, where that leaves strips of SHORT_STRIP: then
-    weight's gradient is written once and never read. `parts`: chunks at least, where there are so many MULTIPLEs.
+    8·N·V·D·(1/strip + 1/chunk) bytes in all, so blocks are about square. `one_chunk`: all tokens in one, as far as that
+    leaves strips of SHORT_STRIP, so that a strip's rows of weight's gradient are complete at once. `parts`: chunks at
+    least, where there are so many MULTIPLEs of tokens.
     """
     share = int(WORKSPACE_SHARE * 4 * (tokens + columns) * width)
     least = min(int(LEAST_OPERATIONS / 6 / width) * element_bytes, MOST_FOR_THEM_BYTES)
     elements = max(share, least) // element_bytes
-    most = max(elements // min(SHORT_STRIP, _up(columns)), MULTIPLE)
-    chunks = max(-(-tokens // most), min(parts, -(-tokens // MULTIPLE)), 1)
+    most = elements // min(SHORT_STRIP, _up(columns)) if one_chunk else max(isqrt(elements), elements // _up(columns))
+    chunks = max(-(-tokens // max(most, MULTIPLE)), min(parts, -(-tokens // MULTIPLE)), 1)
     chunk = _up(-(-tokens // chunks))
     strip = max(elements // chunk // MULTIPLE, 1) * MULTIPLE
     strips = -(-columns // strip)
