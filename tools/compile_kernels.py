@@ -94,7 +94,7 @@ class Case:
     @property
     def rich(self) -> bool:
         head = self.head(torch.bfloat16)
-        return passes._is_rich(head, entropy=self.entropy, top=self.top) or self.filtered
+        return passes.is_rich(head, entropy=self.entropy, top=self.top) or self.filtered
 
     def budget(self, default: bool) -> str:
         """Which of STACK_BYTES holds."""

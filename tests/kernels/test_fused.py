@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from harness.kernels import OUTPUTS, CompSum, linear_cross_entropy
 from harness.kernels.linear_cross_entropy.types import Terms
@@ -130,9 +132,10 @@ def test_blocks_and_splits_change_no_more_than_the_order_of_sums() -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", list(GRADIENT_ROUNDING))
 @pytest.mark.parametrize("tokens", [0, 3, 40])
-def test_nothing_to_predict(tokens: int, reduction: str) -> None:
-    problem = in_dtype(draw(tokens, 16, 37, ignored=1.1), torch.float32)
+def test_nothing_to_predict(tokens: int, dtype: torch.dtype, reduction: str) -> None:
+    problem = in_dtype(draw(tokens, 16, 37, ignored=1.1), dtype)
     output, gradients, _ = differentiate(
         problem, implementation="triton", reduction=reduction, outputs=OUTPUTS, bias=True, label_smoothing=0.1
     )
@@ -249,6 +252,34 @@ def test_an_fp32_weight_gradient_is_not_rounded(dtype: torch.dtype) -> None:
     assert weight.grad.dtype == torch.float32
     rounded = weight.grad.bfloat16().float()
     assert not torch.equal(weight.grad, rounded)
+
+
+class Shapes(TorchDispatchMode):
+    """Shape and dtype of every tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[tuple[int, ...], torch.dtype]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        made = function(*arguments, **(options or {}))
+        self.seen |= {(tuple(value.shape), value.dtype) for value in tree_leaves(made) if torch.is_tensor(value)}
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_logits_and_no_whole_gradient_in_fp32_that_is_handed_out_in_16_bits(dtype: torch.dtype) -> None:
+    problem = in_dtype(draw(96, 16, 203), torch.bfloat16)
+    upstream = {"loss": torch.tensor(0.3)}
+    with interpreter.sizes(descriptors=False, chunk=32 if dtype == torch.float32 else 96), Shapes() as shapes:
+        differentiate(problem, ("loss",), upstream, implementation="triton", weight_grad_dtype=dtype)
+    assert not {shape for shape, _ in shapes.seen} & {(96, 203), (203, 96)}
+    assert ((203, 16), dtype) in shapes.seen
+    assert ((203, 16), torch.float32) in shapes.seen or dtype == torch.bfloat16
+    if dtype == torch.float32:  # chunk by chunk
+        assert ((96, 16), torch.float32) not in shapes.seen
+    else:  # strip by strip
+        assert ((203, 16), torch.float32) not in shapes.seen
 
 
 def test_a_second_backward_is_right_and_a_second_derivative_refused() -> None:

@@ -97,7 +97,7 @@ def only_tiling(tiling: tilings.Tiling) -> Iterator[None]:
 def small_blocks(device: Device) -> Iterator[None]:
     """The backward in as many chunks and strips as it can be."""
     blocks = plan.Plan(device.least_block, device.least_block)
-    with replaced(passes, plan_blocks=lambda *arguments: blocks):
+    with replaced(passes, plan_blocks=lambda *arguments, **options: blocks):
         yield
 
 

@@ -47,7 +47,7 @@ class Bench:
         self.hidden = torch.randn(shape.tokens, shape.dim, **where).bfloat16()
         self.weight = (torch.randn(shape.vocab_size, shape.dim, **where) * (2 / shape.dim**0.5)).bfloat16()
         self.targets = torch.randint(shape.vocab_size, (shape.tokens,), **where)
-        self.plan = plan.plan_blocks(shape.tokens, shape.vocab_size, shape.dim, 2)
+        self.plan = plan.plan_blocks(shape.tokens, shape.vocab_size, shape.dim, 2, parts=passes.LEAST_CHUNKS)
         labels = self.targets.int()
         self.head = launch.Head(self.hidden, self.weight, None, None, labels, Terms(shape.vocab_size))
         chunk = min(self.plan.chunk, shape.tokens)
@@ -147,7 +147,7 @@ class Bench:
             (_up(self.plan.chunk * chunk, tokens), _up(self.plan.strip * strip, columns)) for chunk, strip in BLOCKS
         ]
         for chunk, strip in list(dict.fromkeys(sizes))[: self.device.workspaces]:
-            with replaced(passes, plan_blocks=lambda *arguments, sizes=(chunk, strip): plan.Plan(*sizes)):
+            with replaced(passes, plan_blocks=lambda *arguments, sizes=(chunk, strip), **options: plan.Plan(*sizes)):
                 found = self.measure(work, 8 * self.shape.products)
                 if "error" not in found:
                     found["peak_bytes"] = self.device.peak_bytes(work)

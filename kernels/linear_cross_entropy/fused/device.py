@@ -75,6 +75,7 @@ def logits_tile(
     SCALED: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
+    MASKED: tl.constexpr = True,
 ):
     """Final logits (BLOCK_N, BLOCK_V) in fp32, −inf beyond the last column; and the softcap's slope, 1 − tanh²."""
     product = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
@@ -96,7 +97,7 @@ def logits_tile(
         product = softcap - (2.0 * softcap) * r
     if SCALED:
         product *= scale
-    if start_column + BLOCK_V > columns:
+    if MASKED and start_column + BLOCK_V > columns:
         product = tl.where((column < columns)[None, :], product, float("-inf"))
     return product, slope
 
@@ -305,7 +306,7 @@ def gradient_kernel(
             z, slope = logits_tile(
                 hidden, weight, bias, start_token, start_column, tokens, columns, width, hidden_stride, weight_stride,
                 softcap, scale, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, EVEN, HAS_BIAS, SOFTCAP, SCALED, UPCAST,
-                PRECISION,
+                PRECISION, MASKED=False,
             )  # fmt: skip
             there = token < tokens
             places = coefficients + token

@@ -208,7 +208,8 @@ def run_sparse_product(
     `kept` (row tiles, inner tiles) int8: `tile` are their sizes."""
     rows, inner = left.shape
     width = right.shape[1]
-    block_width = min(128, max(16, triton.next_power_of_2(width)))
+    whole = left.dtype == torch.float32  # whose products take registers
+    block_width = min(64 if whole else 128, max(16, triton.next_power_of_2(width)))
     grid = (-(-rows // tile[0]) * -(-width // block_width),)
     with torch.cuda.device_of(left):
         device.sparse_product_kernel[grid](
@@ -228,7 +229,7 @@ def run_sparse_product(
             ADD=add,
             BLOCK_R=tile[0],
             BLOCK_I=tile[1],
-            BLOCK_K=min(64, tile[1]),
+            BLOCK_K=min(16 if whole else 64, tile[1]),
             BLOCK_D=block_width,
             UPCAST=interpreted() and left.dtype != torch.float32,
             PRECISION="ieee",

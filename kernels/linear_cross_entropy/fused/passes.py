@@ -65,7 +65,7 @@ def forward_pass(problem: Problem, outputs: Sequence[str], filter_bound: float |
     if shard.columns and len(hidden):
         if filter_bound:  # both passes must have the same tiles
             needed_by = _gradient_tiling(head, len(hidden), entropy=entropy, top=top, filtered=True)
-        rich = _is_rich(head, entropy=entropy, top=top)
+        rich = is_rich(head, entropy=entropy, top=top)
         tiling = needed_by or head.tiling("facts", rich=rich)
         facts, tops, lses = run_facts(head, tiling, entropy=entropy, top=top, tile_lses=needed_by is not None)
         softmax = merge_splits(facts, tops, labels, ignored, terms, entropy=entropy)
@@ -225,8 +225,7 @@ class _Blocks:
         kept: Tensor | None = None
         if self.needed is not None:
             kept = kept_tiles(self._take(self.needed.t(), rows).t(), self.tiling.tokens)
-        width = min(step, columns)
-        padded = -(-width // 8) * 8  # rows of the workspace begin at 16 bytes
+        padded = -(-min(step, columns) // 8) * 8  # rows of the workspace begin at 16 bytes
         workspace = head.hidden.new_empty(tokens, padded)
         token_tiles = -(-tokens // self.tiling.tokens)
         for start in range(0, columns, step):
@@ -236,11 +235,10 @@ class _Blocks:
             bias_sums: Tensor | None = None
             if self.bias_grad is not None:
                 bias_sums = self.bias_grad.new_zeros(token_tiles, len(strip))
-            tiles = (
-                None
-                if kept is None
-                else kept[:, start // self.tiling.columns :][:, : -(-len(strip) // self.tiling.columns)]
-            )
+            tiles: Tensor | None = None
+            if kept is not None:
+                first_tile, count = start // self.tiling.columns, -(-len(strip) // self.tiling.columns)
+                tiles = kept[:, first_tile : first_tile + count]
             run_gradient(
                 head, self.tiling, strip, coefficients, tops, kept if self.filter_weight else None, gradient, bias_sums,
                 entropy=entropy,
@@ -304,14 +302,14 @@ def _classes(problem: Problem, ignored: Tensor) -> ClassWeights | None:
     return ClassWeights(weights[shard.start : shard.start + shard.columns], weights.sum(), labels)
 
 
-def _is_rich(head: Head, *, entropy: bool, top: bool) -> bool:
+def is_rich(head: Head, *, entropy: bool, top: bool) -> bool:
     terms = head.terms
     return entropy or top or head.class_weights is not None or bool(terms.label_smoothing) or terms.softcap is not None
 
 
 def _gradient_tiling(head: Head, tokens: int, *, entropy: bool, top: bool, filtered: bool) -> Tiling:
     """The same from the forward, where a filter counts tiles, and in the backward: of what both know."""
-    return head.tiling("gradient", rich=_is_rich(head, entropy=entropy, top=top) or filtered, tokens=tokens)
+    return head.tiling("gradient", rich=is_rich(head, entropy=entropy, top=top) or filtered, tokens=tokens)
 
 
 def _into_range(coefficients: Tensor) -> tuple[Tensor, Tensor]:

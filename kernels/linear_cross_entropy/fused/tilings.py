@@ -64,21 +64,29 @@ def candidates(problem: ProblemClass) -> list[Tiling]:
     if problem.element_bytes == 4:  # no matrix instructions keep fp32 whole
         return [Tiling(64, 64, 32, 4, 2), Tiling(32, 64, 32, 4, 2)]
     if problem.capability >= 90:
-        # Registers: 128 x 256 with 8 warps holds 128 accumulators a thread, which leaves none for more terms.
-        wide = [Tiling(128, 256, 64, 8, 3, True), Tiling(128, 256, 64, 8, 4, True), Tiling(256, 128, 64, 8, 3, True)]
-        square = [
-            Tiling(128, 128, 64, 8, 3, True),
-            Tiling(128, 128, 64, 8, 4, True),
-            Tiling(128, 128, 64, 4, 3, True, programs=2),
-        ]
-        short = [Tiling(64, 256, 64, 4, 3, True), Tiling(64, 128, 64, 4, 4, True)]
-        if problem.few_tokens:
-            found = [*short[::-1], *square] if problem.rich else [*short, *square]
-        else:
-            found = square if problem.rich else [*wide, *square]
-        # Rows that do not begin at 16 bytes, or do not lie side by side, need pointers.
-        return [*found, Tiling(128, 128, 64, 8, 3)]
+        return [*_with_descriptors(problem), Tiling(128, 128, 64, 8, 3)]  # for matrices that need pointers
     return [Tiling(128, 128, 32, 8, 3), Tiling(128, 128, 64, 8, 3), Tiling(64, 128, 32, 4, 3), Tiling(64, 64, 32, 4, 3)]
+
+
+def _with_descriptors(problem: ProblemClass) -> list[Tiling]:
+    """From Hopper on, 16 bits. What would spill registers (benchmarks/compiled_kernels.json) is left out."""
+    square = [Tiling(128, 128, 64, 8, 3, True), Tiling(128, 128, 64, 8, 4, True)]
+    if problem.kernel == "facts" or not problem.rich:
+        square.append(Tiling(128, 128, 64, 4, 3, True, programs=2))
+    short = [Tiling(64, 128, 64, 4, 4, True)]
+    if problem.kernel == "gradient":
+        short.append(Tiling(64, 128, 64, 4, 3, True, programs=3))
+    if problem.kernel == "facts" or not problem.rich:
+        short.append(Tiling(64, 256, 64, 4, 3, True))
+    if problem.few_tokens:
+        return short + square
+    if problem.rich or problem.capability >= 100:
+        return square
+    # 128 accumulators a thread, which leave registers for the plain loss alone.
+    wide = [Tiling(128, 256, 64, 8, 3, True), Tiling(256, 128, 64, 8, 3, True)]
+    if problem.kernel == "facts":
+        wide.append(Tiling(128, 256, 64, 8, 4, True))
+    return wide + square
 
 
 def choose(problem: ProblemClass, *, describable: bool) -> Tiling:
