@@ -56,9 +56,9 @@ def why_not(hidden: Tensor, weight: Tensor, tokens: int) -> str | None:
 def _machine_problem(device: torch.device) -> str | None:
     """What does not depend on the tensors."""
     if device.type == "cuda":
-        capability = _capability(device)
-        if capability < LEAST_CAPABILITY:
-            return f"{device} has compute capability {capability[0]}.{capability[1]}; 8.0 (Ampere) is the least"
+        found = capability(device)
+        if found < LEAST_CAPABILITY:
+            return f"{device} has compute capability {found[0]}.{found[1]}; 8.0 (Ampere) is the least"
     elif device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {device}, and must be on a GPU (or on the CPU with TRITON_INTERPRET=1, for tests)"
     return _import_problem()
@@ -73,7 +73,8 @@ def _import_problem() -> str | None:
     return None
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU: (9, 0) is Hopper."""
     properties = torch.cuda.get_device_properties(device)  # which torch.compile takes for a constant
     return properties.major, properties.minor
 
@@ -87,5 +88,5 @@ def target(device: torch.device) -> str:
     """What the Triton kernels are compiled for: "sm_90"."""
     if device.type != "cuda":
         return "the interpreter"
-    major, minor = _capability(device)
+    major, minor = capability(device)
     return f"sm_{major}{minor}"

@@ -15,6 +15,7 @@ from gpu.cases import Case, list_cases, tiling_cases
 from gpu.device import Device
 from gpu.problems import Problem, draw, replaced, solve
 from gpu.truth import Errors, compare, exact
+from harness.kernels.linear_cross_entropy.choice import capability
 from harness.kernels.linear_cross_entropy.fused import launch, passes, plan, tilings
 
 Result = dict[str, Any]
@@ -69,7 +70,8 @@ def cases_of(device: Device, seed: int, combinations: int) -> list[Case]:
 
 def problem_class(device: Device, kernel: str, *, rich: bool) -> tilings.ProblemClass:
     """Of 16-bit problems with many tokens on this device."""
-    return tilings.ProblemClass(kernel, launch._capability(0) if device.kind == "cuda" else 0, 2, rich, False)
+    major, minor = capability(device.torch) if device.kind == "cuda" else (0, 0)
+    return tilings.ProblemClass(kernel, 10 * major + minor, 2, rich, False)
 
 
 def tilings_of(device: Device, *, rich: bool) -> list[tilings.Tiling]:

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..choice import capability
 from ..types import Terms
 from . import device
 from .tilings import FEW_TOKENS, ProblemClass, Tiling, choose
@@ -44,8 +45,8 @@ class Head:
         """The sizes of tiles for a kernel; `rich`: with terms that take more registers."""
         describable = all(describes(matrix) for matrix in (self.hidden, self.weight))
         count = len(self.hidden) if tokens is None else tokens
-        capability = 0 if interpreted() else _capability(self.hidden.device.index)
-        problem = ProblemClass(kernel, capability, self.hidden.element_size(), rich, count < FEW_TOKENS)
+        major, minor = (0, 0) if interpreted() else capability(self.hidden.device)
+        problem = ProblemClass(kernel, 10 * major + minor, self.hidden.element_size(), rich, count < FEW_TOKENS)
         return choose(problem, describable=describable)
 
 
@@ -58,12 +59,6 @@ def describes(matrix: Tensor) -> bool:
         and matrix.stride(0) * size % ALIGNMENT_BYTES == 0
         and matrix.stride(0) >= matrix.shape[1]
     )
-
-
-@lru_cache
-def _capability(index: int | None) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
 
 
 @lru_cache

@@ -145,6 +145,8 @@ class _Blocks:
         top = "correct" in outputs or "max_prob" in outputs
         filtered = self.needed is not None
         self.tiling = _gradient_tiling(head, tokens, entropy="entropy" in outputs, top=top, filtered=filtered)
+        if self.needed is not None:
+            assert self.needed.shape[1] == -(-self.shard.columns // self.tiling.columns), "the forward had other tiles"
         # A 16-bit gradient of weight that is complete at once needs no whole one in fp32.
         rounded_at_once = weight_dtype != torch.float32 and unit is None and not (filtered and filter_weight)
         one_chunk = wanted.weight and rounded_at_once and self.shard.ranks == 1
@@ -281,7 +283,8 @@ def _head(problem: Problem, hidden: Tensor, labels: Tensor) -> Head:
     shard = problem.shard
     classes = None if problem.class_weights is None else problem.class_weights.float()
     return Head(
-        hidden=hidden if hidden.stride(1) == 1 else hidden.contiguous(),
+        # Under sequence parallelism what is gathered of it lies without gaps: so must it, to have the same tiling.
+        hidden=hidden.contiguous() if shard.sequence_parallel else _rows_side_by_side(hidden),
         weight=_rows_side_by_side(problem.weight[: shard.columns]),
         bias=None if problem.bias is None else problem.bias[: shard.columns].contiguous(),
         class_weights=None if classes is None else classes[shard.start : shard.start + shard.columns].contiguous(),
