@@ -100,6 +100,7 @@ class Trainer:
         self.store = CheckpointStore(run.checkpoints, layout.rank, layout.world_size, add_up=add_up)
         self.micro_batch = settings.train.micro_batch_on(layout.data_size)
         settings.check_sequences(layout.section)
+        settings.loss.check_device(layout.device)
         settings.model.check_divides(layout.tensor_size)  # all of this before the first text is read
         start = starting_step(settings, run, self.store, layout, self._channel)
         self.prepared = prepare(settings, layout)

@@ -23,6 +23,7 @@ else:
         block_bytes,
         chunk_length,
         linear_cross_entropy,
+        machine_problem,
     )
 
     __all__ = [
@@ -35,4 +36,5 @@ else:
         "block_bytes",
         "chunk_length",
         "linear_cross_entropy",
+        "machine_problem",
     ]

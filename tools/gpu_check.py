@@ -182,13 +182,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, help="processes of part A; default: by the cores, at most 10")
     parser.add_argument("--budget-seconds", type=float, default=420, help="after which part C begins nothing new")
     parser.add_argument("--tune", action="store_true", help="keep the fastest tilings for later runs on this machine")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if not arguments.parts or set(arguments.parts) - set("ABC"):
+        parser.error(f"--parts {arguments.parts}: some of A, B and C, such as AB")
+    try:
+        re.compile(arguments.only)
+    except re.error as error:
+        parser.error(f"--only {arguments.only}: is no regular expression: {error}")
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse(argv)
     environment(arguments.device)
+    if arguments.device == "cuda" and not sees_gpu():
+        print(
+            "gpu_check: torch sees no GPU here; --device cpu runs everything in small, in Triton's interpreter",
+            file=sys.stderr,
+        )
+        return 2
     started, report = time.monotonic(), Report(arguments, argv)
     print(f"seed {arguments.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -201,6 +214,12 @@ def main(argv: list[str] | None = None) -> int:
             report.write()
     conclude(report)
     return 0 if report.passed(arguments.parts) else 1
+
+
+def sees_gpu() -> bool:
+    """Asked in a process of its own, as the parent needs neither torch nor a device."""
+    probe = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)"
+    return subprocess.run([sys.executable, "-c", probe], check=False).returncode != 3
 
 
 def environment(device: str) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from harness.config import ConfigError, Section
 
 from .shapes import FAMILIES, SHAPES
+
+if TYPE_CHECKING:
+    import torch
 
 
 class ModelSection(Section):
@@ -181,3 +184,13 @@ class LossSection(Section):
     implementation: Literal["auto", "blocked", "triton", "reference"] = "auto"
     """Which implementation of the fused linear cross-entropy runs. `auto`: the Triton kernels for 16-bit weights on a
     GPU, else blocked, in plain torch. `reference` is float64 and slow, for checks."""
+
+    def check_device(self, device: torch.device) -> None:
+        """Raises ConfigError where the Triton kernels are asked for by name and cannot run on this device."""
+        if self.implementation != "triton":
+            return
+        from harness.kernels import machine_problem
+
+        reason = machine_problem(device)
+        if reason is not None:
+            raise ConfigError(f"loss.implementation: triton cannot run: {reason}; auto takes what can")

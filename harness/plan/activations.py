@@ -115,7 +115,7 @@ def loss_bytes(work: Workload, rows: int, columns: int) -> int:
     most = min(rows, model.vocab_size)
     gradients = (rows + tokens) * model.hidden_size * FP32_BYTES
     gathered = tokens * model.hidden_size * work.element_bytes if work.sequence_parallel else 0
-    if not work.on_host and work.element_bytes < FP32_BYTES and work.loss.implementation != "blocked":
+    if _runs_triton(work):
         # Triton; where ranks share the tokens a chunk of them is gathered at a time, in the backward.
         return block_bytes(tokens, most, model.hidden_size, work.element_bytes) + gradients + gathered
     length = chunk_length(tokens, most, FP32_BYTES, work.on_host)
@@ -123,6 +123,11 @@ def loss_bytes(work: Workload, rows: int, columns: int) -> int:
     chunk = length * columns * FP32_BYTES * (1 + (model.logit_softcap is not None) + powers)
     matrix = 0 if work.element_bytes == FP32_BYTES else columns * model.hidden_size * FP32_BYTES
     return chunk + matrix + gradients + gathered
+
+
+def _runs_triton(work: Workload) -> bool:
+    asked = work.loss.implementation
+    return not work.on_host and (asked == "triton" or (asked == "auto" and work.element_bytes < FP32_BYTES))
 
 
 def recomputed_bytes(work: Workload) -> int:

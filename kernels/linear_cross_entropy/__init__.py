@@ -5,6 +5,7 @@ Read interface.py first (what it computes), then blocked.py (where the gradients
 the tokens), chunk.py and gradient.py (the arithmetic); operator.py registers it all with torch.
 """
 
+from .choice import machine_problem
 from .comp_sum import CompSum, CrossEntropy
 from .fused.plan import block_bytes
 from .interface import linear_cross_entropy
@@ -21,4 +22,5 @@ __all__ = [
     "block_bytes",
     "chunk_length",
     "linear_cross_entropy",
+    "machine_problem",
 ]

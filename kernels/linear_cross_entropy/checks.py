@@ -135,6 +135,10 @@ def check_terms(
         raise ValueError(f"weight_grad_dtype must be a floating-point dtype or None, got {weight_grad_dtype}")
     if filter_bound is not None and not 0.0 <= filter_bound < 1.0:
         raise ValueError(f"filter_bound must lie in [0, 1), or be None for no filter, got {filter_bound}")
+    if filter_bound and terms.label_smoothing:
+        raise ValueError(
+            "filter_bound does not go together with label_smoothing, whose gradient is not small where p is small"
+        )
     for name in outputs:
         if name not in OUTPUTS:
             raise ValueError(f"outputs may name {', '.join(OUTPUTS)}; got {name!r}")

@@ -50,11 +50,11 @@ def why_not(hidden: Tensor, weight: Tensor, tokens: int) -> str | None:
         return f"hidden is {hidden.dtype} and weight {weight.dtype}; both must be bfloat16, float16 or float32 alike"
     if max(tokens, *weight.shape) > _MOST:
         return f"{tokens} tokens, weight {tuple(weight.shape)}: each must be below 2**31 - 2**16"
-    return _machine_problem(hidden.device)
+    return machine_problem(hidden.device)
 
 
-def _machine_problem(device: torch.device) -> str | None:
-    """What does not depend on the tensors."""
+def machine_problem(device: torch.device) -> str | None:
+    """The same, as far as it does not depend on the tensors."""
     if device.type == "cuda":
         found = capability(device)
         if found < LEAST_CAPABILITY:

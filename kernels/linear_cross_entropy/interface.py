@@ -81,7 +81,8 @@ def linear_cross_entropy(
                    as torch's own products are.
     filter_bound   share of a token's probability that may be left out of hidden's gradient: tiles of the softmax that
                    no token in them needs are not multiplied out. None and 0: nothing is left out, and the blocked form
-                   never leaves out anything. `LossOutput.kept_share` tells what was kept.
+                   never leaves out anything. Not together with label_smoothing. `LossOutput.kept_share` tells what was
+                   kept.
     filter_weight  leave the same tiles out of weight's and bias's gradients too, and do not compute them again. A bound
                    on a token's probability is none on a row of weight: not for pretraining.
     implementation "blocked": plain torch, a chunk of logits at a time; "triton": kernels for GPUs from Ampere on, which

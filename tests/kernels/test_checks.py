@@ -58,6 +58,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"weight_grad_dtype": torch.int64}, "weight_grad_dtype must be a floating-point dtype or None, got torch.int64"),
     ({"filter_bound": 1.0}, r"filter_bound must lie in \[0, 1\), or be None for no filter, got 1.0"),
     ({"filter_bound": float("nan")}, r"filter_bound must lie in \[0, 1\), or be None for no filter, got nan"),
+    ({"filter_bound": 0.1, "label_smoothing": 0.1}, "filter_bound does not go together with label_smoothing"),
     ({"temperature": float("nan")}, "temperature must be finite and positive, got nan"),
     ({"softcap": float("inf")}, "softcap must be finite and positive, or None for no cap, got inf"),
     ({"z_loss": float("inf")}, "z_loss must be finite and not negative, got inf"),

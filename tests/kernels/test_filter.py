@@ -20,6 +20,9 @@ def sharp(tokens: int, vocab_size: int) -> Problem:
     problem = draw(tokens, 16, vocab_size, ignored=0.1)
     tiles = -(-vocab_size // TILE_COLUMNS)
     liked = torch.arange(tokens) // TILE_TOKENS % tiles
+    # Targets of a token tile's own liking, or the next tile's: random ones would need all tiles.
+    chosen = (liked + torch.randint(0, 2, (tokens,))) % tiles * TILE_COLUMNS + torch.randint(0, TILE_COLUMNS, (tokens,))
+    problem.targets = torch.where(problem.targets == -100, problem.targets, chosen.clamp(max=vocab_size - 1))
     directions = torch.randn(tiles, 16, dtype=torch.float64)
     directions /= directions.norm(dim=1, keepdim=True)
     problem.hidden = 0.5 * problem.hidden + 16 * directions[liked]
@@ -78,6 +81,20 @@ def test_a_bound_of_nothing_is_no_filter() -> None:
     output, gradients = solve(problem, upstream, filter_bound=0.0)
     assert output.kept_share is None
     assert all(torch.equal(*pair) for pair in zip(gradients, solve(problem, upstream)[1], strict=True))
+
+
+def test_the_likeliest_token_is_kept_where_its_probability_is_differentiated() -> None:
+    """Its gradient is −max_prob at every other token: nothing that a bound on p covers."""
+    problem = sharp(64, 640)
+    upstream = {"max_prob": torch.randn(64)}
+    arguments = {"implementation": "triton", "outputs": ("max_prob",), "reduction": "none"}
+    with interpreter.sizes(descriptors=False):
+        _, dense, _ = differentiate(problem, ("max_prob",), upstream, **arguments)
+        output, (hidden, _), _ = differentiate(problem, ("max_prob",), upstream, filter_bound=0.3, **arguments)
+    assert output.kept_share < 1.0
+    longest = problem.weight.norm(dim=1).max()
+    bound = 0.3 * longest * (upstream["max_prob"] * output.max_prob.detach()).abs() + 1e-5
+    assert ((hidden - dense[0]).norm(dim=1) <= bound).all()
 
 
 def test_a_flat_softmax_keeps_all_but_the_bound() -> None:

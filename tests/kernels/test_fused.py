@@ -238,6 +238,20 @@ def test_fp16_keeps_gradients_far_below_its_smallest_number() -> None:
         assert relative_error(got.float() if scale == 1e3 else got.double(), exact) < (2e-3 if scale == 1e3 else 1.0)
 
 
+def test_fp16_stays_finite_where_class_weights_are_large() -> None:
+    problem = in_dtype(draw(32, 16, 131), torch.float16)
+    problem.class_weights = torch.ones(131)
+    problem.class_weights[5] = 1e6
+    for settings in ({"label_smoothing": 0.1}, {"label_smoothing": 0.1, "loss": CompSum(1.4)}):
+        compare(problem, str(settings), class_weights=True, weight_grad_dtype=torch.float32, **settings)
+
+
+@pytest.mark.parametrize("softcap", [0.3, 30.0, 1e4, 1e7, 1e30])
+def test_a_softcap_of_any_size(softcap: float) -> None:
+    problem = in_dtype(draw(40, 16, 131), torch.float32)
+    compare(problem, f"softcap {softcap}", softcap=softcap, outputs=("lse", "max_prob"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_fp32_weight_gradient_is_not_rounded(dtype: torch.dtype) -> None:
     problem = in_dtype(draw(64, 16, 131), dtype)

@@ -91,10 +91,13 @@ def logits_tile(
         product += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     slope = 1.0
     if SOFTCAP:
-        # tanh(x) = 1 − 2r with r = 1 / (1 + exp 2x), which ends well at both ends.
-        r = 1.0 / (1.0 + tl.exp2((product / softcap) * (2.0 * LOG2_E)))
+        # tanh x = 1 − 2r with r = 1 / (1 + exp 2x) ends well at both ends; near 0 its series has the digits.
+        x = product / softcap
+        r = 1.0 / (1.0 + tl.exp2(x * (2.0 * LOG2_E)))
         slope = 4.0 * r * (1.0 - r)
-        product = softcap - (2.0 * softcap) * r
+        s = x * x
+        series = x * (1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0)))))
+        product = softcap * tl.where(s < 0.0625, series, 1.0 - 2.0 * r)
     if SCALED:
         product *= scale
     if MASKED and start_column + BLOCK_V > columns:

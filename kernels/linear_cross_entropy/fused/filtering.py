@@ -2,7 +2,8 @@
 
 For each token the probability of each tile is known once the forward is done. From the least likely tile on, tiles are
 left out while their probabilities add up to no more than the bound; so whatever the tiles that a kernel can skip (those
-that none of its tokens needs), no token loses more than the bound. The label's own tile is never left out.
+that none of its tokens needs), no token loses more than the bound. The tiles of the label and, where it is asked for,
+of the likeliest token are never left out.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ ROWS = 4096
 """Tokens whose tiles are sorted at a time: sorting takes several times the memory of what is sorted."""
 
 
-def drop_tiles(tile_lses: Tensor, lse: Tensor, labels: Tensor, tile_columns: int, bound: float) -> Tensor:
+def drop_tiles(tile_lses: Tensor, lse: Tensor, labels: Tensor, tops: Tensor, tile_columns: int, bound: float) -> Tensor:
     """Which tiles a token needs, (N, tiles) bool, from each tile's log-sum-exp (N, tiles) and the whole one's (N, 1).
 
-    labels (N,) are columns here, or negative. Where ranks share a vocabulary, each leaves out no more than its part of
-    the bound: the share of the probability that its columns hold.
+    labels (N,) and tops (N,), or none, are columns here, or negative: their tiles are kept. Where ranks share a
+    vocabulary, each leaves out no more than its part of the bound: the share of the probability that its columns hold.
     """
     needed = torch.empty(tile_lses.shape, dtype=torch.bool, device=tile_lses.device)
     for start in range(0, len(tile_lses), ROWS):
@@ -27,10 +28,9 @@ def drop_tiles(tile_lses: Tensor, lse: Tensor, labels: Tensor, tile_columns: int
         least_first, order = masses.sort(dim=1)
         dropped = least_first.cumsum(1) <= bound * masses.sum(1, keepdim=True)
         needed[rows] = torch.ones_like(dropped).scatter_(1, order, ~dropped)
-    own = labels >= 0
-    tile = (labels.clamp(min=0) // tile_columns).long()[:, None]
-    if needed.shape[1]:
-        needed.scatter_(1, tile, needed.gather(1, tile) | own[:, None])
+    for columns in (labels, tops) if len(tops) else (labels,):
+        tile = (columns.clamp(min=0) // tile_columns).long()[:, None]
+        needed.scatter_(1, tile, needed.gather(1, tile) | (columns >= 0)[:, None])
     return needed
 
 

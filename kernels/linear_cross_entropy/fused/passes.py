@@ -3,8 +3,9 @@ block, and multiplies each block's gradient out at once.
 
 Where gradients accumulate: a block is a chunk of tokens by a strip of columns. Within a block the products sum over its
 columns (for hidden) and over its tokens (for weight), in fp32; sums over blocks are added up in fp32 in global memory,
-in the order of the blocks: hidden's for one chunk at a time, which is then rounded into its place. Nothing is added up
-in 16 bits, and nothing in an order that may change.
+in the order of the blocks: chunk by chunk, so that hidden's gradient exists in fp32 for one chunk alone, or where
+weight's is to be rounded strip by strip, so that weight's exists in fp32 for one strip alone. Nothing is added up in 16
+bits, and nothing in an order that may change.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def forward_pass(problem: Problem, outputs: Sequence[str], filter_bound: float |
     needed, share = planes.new_zeros(0, dtype=torch.bool), planes.new_ones(())
     if needed_by is not None and lses is not None:
         assert filter_bound is not None
-        needed = drop_tiles(lses, chunk.lse, labels, needed_by.columns, filter_bound)
+        needed = drop_tiles(lses, chunk.lse, labels, tops, needed_by.columns, filter_bound)
         needed &= ~ignored[:, None]
         share = kept_tiles(needed, needed_by.tokens).float().mean()
     return swept, Kept(planes, tops, needed, share)
@@ -103,8 +104,9 @@ def backward_pass(
     outputs); upstream (N,) each, `outputs` those of the forward.
 
     2 NVD for the logits, and 2 more for each of hidden's and weight's gradients. Memory beyond the results: a block
-    (plan.py); a chunk of hidden's gradient in fp32 where it is to be rounded, and a strip of weight's likewise; where
-    ranks share the vocabulary a second chunk, and under sequence parallelism chunks are those of all ranks' tokens.
+    (plan.py) and a chunk of hidden's gradient in fp32, where it is to be rounded; where weight's is, all of hidden's
+    and a strip of weight's. Where ranks share the vocabulary a second chunk and, for a gradient of weight that is to be
+    rounded, the whole in fp32; under sequence parallelism chunks are those of all ranks' tokens.
     """
     ignored = problem.targets == problem.terms.ignore_index
     whole = unpack(kept.planes, problem.terms, entropy="entropy" in outputs)
@@ -113,12 +115,22 @@ def backward_pass(
     coefficients = kernel_coefficients(chunk, weigh(chunk, Upstream(*given)), ignored)
     unit: Tensor | None = None
     if problem.hidden.dtype == torch.float16 and len(problem.targets):
-        coefficients, unit = _into_range(coefficients)
+        coefficients, unit = _into_range(coefficients, _most_smoothing(chunk))
     labels, _ = _labels(problem, ignored)
     head = _head(problem, problem.hidden, labels)
     tops = kept.tops if upstream.max_prob is not None else None
     blocks = _Blocks(problem, head, kept, coefficients, tops, unit, wanted, weight_dtype, filter_weight, outputs)
     return blocks.gradients(entropy=upstream.entropy is not None)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """What the kernels take of some tokens; kept (token tiles, column tiles) int8 with a filter."""
+
+    head: Head
+    coefficients: Tensor
+    tops: Tensor | None
+    kept: Tensor | None
 
 
 class _Blocks:
@@ -147,30 +159,54 @@ class _Blocks:
         self.tiling = _gradient_tiling(head, tokens, entropy="entropy" in outputs, top=top, filtered=filtered)
         if self.needed is not None:
             assert self.needed.shape[1] == -(-self.shard.columns // self.tiling.columns), "the forward had other tiles"
-        # A 16-bit gradient of weight that is complete at once needs no whole one in fp32.
-        rounded_at_once = weight_dtype != torch.float32 and unit is None and not (filtered and filter_weight)
-        one_chunk = wanted.weight and rounded_at_once and self.shard.ranks == 1
-        parts = LEAST_CHUNKS_OF_RANKS if self.shard.ranks > 1 else 1 if one_chunk else LEAST_CHUNKS
+        parts = LEAST_CHUNKS_OF_RANKS if self.shard.ranks > 1 else LEAST_CHUNKS
         # By the rank with most columns: all ranks must have the same chunks, or their collectives would not meet.
         most, size = max(self.shard.most_columns, 1), problem.hidden.element_size()
-        self.plan = plan_blocks(tokens, most, width, size, parts=parts, one_chunk=one_chunk)
+        self.plan = plan_blocks(tokens, most, width, size, parts=parts)
         new = problem.hidden.new_zeros
         self.hidden_grad = torch.empty_like(problem.hidden) if wanted.hidden else None
+        # A strip of weight's gradient that is complete at once is rounded at once; then no whole one in fp32 exists.
+        self.by_strips = wanted.weight and weight_dtype != torch.float32 and self.shard.ranks == 1
         self.weight_grad: Tensor | None = None
         if wanted.weight:
-            rounded_at_once &= tokens <= self.plan.chunk
-            self.weight_grad = new((rows, width), dtype=weight_dtype if rounded_at_once else torch.float32)
+            self.weight_grad = new((rows, width), dtype=weight_dtype if self.by_strips else torch.float32)
         self.bias_grad = new(rows, dtype=torch.float32) if wanted.bias else None
 
     def gradients(self, *, entropy: bool) -> list[Tensor | None]:
         """Of hidden, weight and bias."""
+        if self.by_strips:
+            self._go_by_strips(entropy)
+        else:
+            self._go_by_chunks(entropy)
+        for gradient in (None if self.by_strips else self.weight_grad, self.bias_grad):
+            if self.unit is not None and gradient is not None:
+                gradient.div_(self.unit)
+        return [self.hidden_grad, self.weight_grad, self.bias_grad]
+
+    def _go_by_strips(self, entropy: bool) -> None:
+        """All chunks of a strip, then the next strip: hidden's gradient is whole in fp32, weight's a strip."""
+        assert self.weight_grad is not None
+        chunks = [(rows, self._chunk(rows)) for rows in self._chunks()]
+        hidden_grad = self._sums(slice(0, len(self.problem.hidden)), self.problem.hidden)
+        for strip in self._strips():
+            weight_rows = self.weight_grad[strip.start : strip.stop]
+            sums = torch.zeros_like(weight_rows, dtype=torch.float32)
+            for number, (rows, chunk) in enumerate(chunks):
+                part = None if hidden_grad is None else hidden_grad[rows]
+                self._multiply(chunk, strip, part, sums, first=number == 0, entropy=entropy)
+            weight_rows.copy_(sums if self.unit is None else sums.div_(self.unit))
+        if hidden_grad is not None:
+            self._put(hidden_grad, slice(0, len(hidden_grad)))
+
+    def _go_by_chunks(self, entropy: bool) -> None:
+        """All strips of a chunk, then the next chunk: weight's gradient is whole in fp32, hidden's a chunk."""
         travelling: tuple[Any, Tensor, Tensor, slice] | None = None
         for number, rows in enumerate(self._chunks()):
-            head = self._chunk(rows)
-            partial: Tensor | None = None
-            if self.hidden_grad is not None:
-                partial = head.hidden.new_zeros(head.hidden.shape, dtype=torch.float32)
-            self._multiply(head, rows, partial, first=number == 0, entropy=entropy)
+            chunk = self._chunk(rows)
+            partial = self._sums(rows, chunk.head.hidden)
+            for strip in self._strips():
+                sums = None if self.weight_grad is None else self.weight_grad[strip.start : strip.stop]
+                self._multiply(chunk, strip, partial, sums, first=number == 0, entropy=entropy)
             if travelling is not None:
                 self._arrive(*travelling)
                 travelling = None
@@ -183,11 +219,14 @@ class _Blocks:
                 self._put(partial, rows)
         if travelling is not None:
             self._arrive(*travelling)
-        if self.unit is not None:
-            for gradient in (self.weight_grad, self.bias_grad):
-                if gradient is not None:
-                    gradient.div_(self.unit)
-        return [self.hidden_grad, self.weight_grad, self.bias_grad]
+
+    def _sums(self, rows: slice, hidden: Tensor) -> Tensor | None:
+        """Where hidden's gradient is added up: in its own place if that is fp32 and has all that comes here."""
+        if self.hidden_grad is None:
+            return None
+        if self.hidden_grad.dtype == torch.float32 and not self.shard.sequence_parallel:
+            return self.hidden_grad[rows].zero_()
+        return hidden.new_zeros(hidden.shape, dtype=torch.float32)
 
     def _arrive(self, work: Any, partial: Tensor, own: Tensor, rows: slice) -> None:
         """A chunk's gradient, complete; `partial` was needed until then."""
@@ -197,7 +236,13 @@ class _Blocks:
     def _put(self, gradient: Tensor, rows: slice) -> None:
         """A chunk's rows of hidden's gradient, rounded into their place."""
         assert self.hidden_grad is not None
-        self.hidden_grad[rows] = gradient if self.unit is None else gradient.div_(self.unit)
+        if gradient.data_ptr() != self.hidden_grad[rows].data_ptr():
+            self.hidden_grad[rows] = gradient if self.unit is None else gradient.div_(self.unit)
+
+    def _strips(self) -> list[range]:
+        """Of this rank's columns."""
+        columns, step = self.shard.columns, self.plan.strip
+        return [range(start, min(start + step, columns)) for start in range(0, columns, step)]
 
     def _chunks(self) -> Iterator[slice]:
         """Of each rank's own tokens; without sequence parallelism, of all."""
@@ -212,61 +257,59 @@ class _Blocks:
         by_rank = values.unflatten(-1, (sharing, -1))[..., rows]
         return by_rank.flatten(-2).contiguous()
 
-    def _chunk(self, rows: slice) -> Head:
-        """The head over a chunk's tokens."""
+    def _chunk(self, rows: slice) -> _Chunk:
         hidden = self.head.hidden[rows]
         if self.shard.ranks > 1 and self.shard.sequence_parallel:
             hidden = gather(hidden, self.shard)
-        return self.head.of(hidden, self._take(self.head.labels, rows))
-
-    def _multiply(self, head: Head, rows: slice, hidden_grad: Tensor | None, *, first: bool, entropy: bool) -> None:
-        """A chunk's tokens with all columns, strip by strip."""
-        columns, tokens, step = self.shard.columns, len(head.hidden), self.plan.strip
-        coefficients = self._take(self.coefficients, rows)
-        tops = None if self.tops is None else self._take(self.tops, rows)
         kept: Tensor | None = None
         if self.needed is not None:
             kept = kept_tiles(self._take(self.needed.t(), rows).t(), self.tiling.tokens)
-        padded = -(-min(step, columns) // 8) * 8  # rows of the workspace begin at 16 bytes
-        workspace = head.hidden.new_empty(tokens, padded)
-        token_tiles = -(-tokens // self.tiling.tokens)
-        for start in range(0, columns, step):
-            strip = range(start, min(start + step, columns))
-            here = slice(strip.start, strip.stop)
-            gradient = workspace[:, : len(strip)]
-            bias_sums: Tensor | None = None
-            if self.bias_grad is not None:
-                bias_sums = self.bias_grad.new_zeros(token_tiles, len(strip))
-            tiles: Tensor | None = None
-            if kept is not None:
-                first_tile, count = start // self.tiling.columns, -(-len(strip) // self.tiling.columns)
-                tiles = kept[:, first_tile : first_tile + count]
-            run_gradient(
-                head, self.tiling, strip, coefficients, tops, kept if self.filter_weight else None, gradient, bias_sums,
-                entropy=entropy,
-            )  # fmt: skip
-            if self.bias_grad is not None and bias_sums is not None:
-                self.bias_grad[here] += bias_sums.sum(0)
-            if hidden_grad is not None:
-                matrix = head.weight[here]
-                if tiles is None:
-                    accumulate(hidden_grad, gradient, matrix, add=start > 0)
-                else:
-                    sizes = self.tiling.tokens, self.tiling.columns
-                    run_sparse_product(gradient, matrix, tiles, sizes, hidden_grad, add=start > 0)
-            if self.weight_grad is not None:
-                self._add_to_weight(gradient.t(), head.hidden, tiles, self.weight_grad[here], first=first)
+        return _Chunk(
+            head=self.head.of(hidden, self._take(self.head.labels, rows)),
+            coefficients=self._take(self.coefficients, rows),
+            tops=None if self.tops is None else self._take(self.tops, rows),
+            kept=kept,
+        )
 
-    def _add_to_weight(self, left: Tensor, hidden: Tensor, tiles: Tensor | None, out: Tensor, *, first: bool) -> None:
-        """A strip's rows of weight's gradient."""
-        if tiles is not None and self.filter_weight:
-            run_sparse_product(left, hidden, tiles.t(), (self.tiling.columns, self.tiling.tokens), out, add=not first)
-        elif out.dtype == torch.float32:
-            accumulate(out, left, hidden, add=not first)
-        else:
-            whole = torch.empty_like(out, dtype=torch.float32)
-            accumulate(whole, left, hidden, add=False)
-            out.copy_(whole)
+    def _multiply(
+        self,
+        chunk: _Chunk,
+        strip: range,
+        hidden_grad: Tensor | None,
+        weight_grad: Tensor | None,
+        *,
+        first: bool,
+        entropy: bool,
+    ) -> None:
+        """One block: adds to a chunk's rows of hidden's gradient and, unless it is the `first` chunk, to a strip's rows
+        of weight's, both fp32."""
+        head, kept, here = chunk.head, chunk.kept, slice(strip.start, strip.stop)
+        tokens, token_tiles = len(head.hidden), -(-len(head.hidden) // self.tiling.tokens)
+        padded = -(-len(strip) // 8) * 8  # rows of the workspace begin at 16 bytes
+        gradient = head.hidden.new_empty(tokens, padded)[:, : len(strip)]
+        bias_sums = None if self.bias_grad is None else self.bias_grad.new_zeros(token_tiles, len(strip))
+        tiles: Tensor | None = None
+        if kept is not None:
+            first_tile, count = strip.start // self.tiling.columns, -(-len(strip) // self.tiling.columns)
+            tiles = kept[:, first_tile : first_tile + count]
+        run_gradient(
+            head, self.tiling, strip, chunk.coefficients, chunk.tops, kept if self.filter_weight else None, gradient,
+            bias_sums, entropy=entropy,
+        )  # fmt: skip
+        if self.bias_grad is not None and bias_sums is not None:
+            self.bias_grad[here] += bias_sums.sum(0)
+        if hidden_grad is not None:
+            matrix = head.weight[here]
+            if tiles is None:
+                accumulate(hidden_grad, gradient, matrix, add=strip.start > 0)
+            else:
+                sizes = self.tiling.tokens, self.tiling.columns
+                run_sparse_product(gradient, matrix, tiles, sizes, hidden_grad, add=strip.start > 0)
+        if weight_grad is not None and tiles is not None and self.filter_weight:
+            sizes = self.tiling.columns, self.tiling.tokens
+            run_sparse_product(gradient.t(), head.hidden, tiles.t(), sizes, weight_grad, add=not first)
+        elif weight_grad is not None:
+            accumulate(weight_grad, gradient.t(), head.hidden, add=not first)
 
 
 def _labels(problem: Problem, ignored: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -315,11 +358,20 @@ def _gradient_tiling(head: Head, tokens: int, *, entropy: bool, top: bool, filte
     return head.tiling("gradient", rich=is_rich(head, entropy=entropy, top=top) or filtered, tokens=tokens)
 
 
-def _into_range(coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients times a power of two that brings the largest to 2¹⁰, and that power: fp16 keeps three digits only
-    from 6e-5 on."""
+def _most_smoothing(chunk: ChunkStatistics) -> Tensor | float:
+    """No less than a token's largest w·P, (N,) or a number: see gradient.py."""
+    if chunk.terms.tau != 1.0 and chunk.whole.smoothing is not None:
+        return chunk.whole.smoothing.squeeze(1).nan_to_num()  # their sum
+    return 1.0 if chunk.classes is None else chunk.classes.columns.abs().amax().clamp(min=1.0)
+
+
+def _into_range(coefficients: Tensor, most_smoothing: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Coefficients times a power of two that brings what is made of the largest to 2¹⁰, and that power: fp16 keeps
+    three digits only from 6e-5 on."""
     scaled = [1, 2, 4, 5, 6]
-    largest = coefficients[scaled].abs().amax().clamp(min=1e-30)
+    sizes = coefficients.abs()
+    sizes[5] *= most_smoothing
+    largest = sizes[scaled].amax().clamp(min=1e-30)
     unit = torch.exp2(10.0 - largest.log2().ceil())
     coefficients = coefficients.clone()
     coefficients[scaled] *= unit

@@ -10,8 +10,6 @@ WORKSPACE_SHARE = 0.01
 LEAST_OPERATIONS, MOST_FOR_THEM_BYTES = 1.4e11, 64 << 20
 """Of a block, floating-point, however small the gradients are: an H200 is done with them in about 0.2 ms, and the host
 needs not much less to launch a block's kernels. The bytes that this may take, where the width is small."""
-SHORT_STRIP = 1024
-"""Columns below which reading and writing hidden's gradient once a strip takes longer than the strip's products."""
 MULTIPLE = 256
 """Of tokens and columns where they are cut: that of every tiling, so that no block depends on which is chosen."""
 
@@ -24,21 +22,18 @@ class Plan:
     strip: int
 
 
-def plan_blocks(
-    tokens: int, columns: int, width: int, element_bytes: int, *, parts: int = 1, one_chunk: bool = False
-) -> Plan:
+def plan_blocks(tokens: int, columns: int, width: int, element_bytes: int, *, parts: int = 1) -> Plan:
     """Blocks within the workspace: WORKSPACE_SHARE, or what LEAST_OPERATIONS take.
 
     Each block adds to a chunk's rows of hidden's gradient and to a strip's rows of weight's, in global memory:
-    8·N·V·D·(1/strip + 1/chunk) bytes in all, so blocks are about square. `one_chunk`: all tokens in one, as far as that
-    leaves strips of SHORT_STRIP, so that a strip's rows of weight's gradient are complete at once. `parts`: chunks at
-    least, where there are so many MULTIPLEs of tokens.
+    8·N·V·D·(1/strip + 1/chunk) bytes in all, so blocks are about square. `parts`: chunks at least, where there are so
+    many MULTIPLEs of tokens.
     """
     share = int(WORKSPACE_SHARE * 4 * (tokens + columns) * width)
     least = min(int(LEAST_OPERATIONS / 6 / width) * element_bytes, MOST_FOR_THEM_BYTES)
     elements = max(share, least) // element_bytes
-    most = elements // min(SHORT_STRIP, _up(columns)) if one_chunk else max(isqrt(elements), elements // _up(columns))
-    chunks = max(-(-tokens // max(most, MULTIPLE)), min(parts, -(-tokens // MULTIPLE)), 1)
+    most = max(isqrt(elements), elements // _up(columns), MULTIPLE)
+    chunks = max(-(-tokens // most), min(parts, -(-tokens // MULTIPLE)), 1)
     chunk = _up(-(-tokens // chunks))
     strip = max(elements // chunk // MULTIPLE, 1) * MULTIPLE
     strips = -(-columns // strip)

@@ -64,7 +64,8 @@ def candidates(problem: ProblemClass) -> list[Tiling]:
     if problem.element_bytes == 4:  # no matrix instructions keep fp32 whole
         return [Tiling(64, 64, 32, 4, 2), Tiling(32, 64, 32, 4, 2)]
     if problem.capability >= 90:
-        return [*_with_descriptors(problem), Tiling(128, 128, 64, 8, 3)]  # for matrices that need pointers
+        by_pointers = Tiling(128, 128, 64 if problem.capability < 100 else 32, 8, 3)
+        return [*_with_descriptors(problem), by_pointers]
     return [Tiling(128, 128, 32, 8, 3), Tiling(128, 128, 64, 8, 3), Tiling(64, 128, 32, 4, 3), Tiling(64, 64, 32, 4, 3)]
 
 
@@ -75,8 +76,8 @@ def _with_descriptors(problem: ProblemClass) -> list[Tiling]:
         square.append(Tiling(128, 128, 64, 4, 3, True, programs=2))
     short = [Tiling(64, 128, 64, 4, 4, True)]
     if problem.kernel == "gradient":
-        short.append(Tiling(64, 128, 64, 4, 3, True, programs=3))
-    if problem.kernel == "facts" or not problem.rich:
+        short.append(Tiling(64, 128, 64, 4, 3, True, programs=2))
+    if problem.capability < 100 and (problem.kernel == "facts" or not problem.rich):
         short.append(Tiling(64, 256, 64, 4, 3, True))
     if problem.few_tokens:
         return short + square
