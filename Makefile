@@ -1,8 +1,8 @@
 # Two commands: `make demo` and `make test`. Both create .venv on first use; nothing outside this folder is touched.
 PYTHON ?= python3
 VENV   ?= .venv
-# Test processes at a time; many tests start up to four processes each.
-WORKERS ?= 2
+# Test processes at a time, on two cores; many tests start up to four processes each, and many wait for a clock.
+WORKERS ?= 3
 PIP     = $(VENV)/bin/python -m pip
 
 .PHONY: demo test lint clean

@@ -17,15 +17,23 @@ from tests.kernels.vocab_parallel_ranks import run_rank
 from tests.kernels.vocab_parallel_topics import TOPICS
 
 LAUNCH_SECONDS = 180
+LAUNCHED: dict[int, tuple[int, list[dict]]] = {}
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4], ids=lambda world: f"world_{world}")
 def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, list[dict]]:
     """The seed, and what each rank of a world says is wrong by topic.
 
-    A rank that raises ends the launch, with its traceback; one that waits for others in vain raises.
+    A rank that raises ends the launch, with its traceback; one that waits for others in vain raises. Kept here, as
+    pytest-xdist may set a fixture up twice.
     """
     world: int = request.param
+    if world not in LAUNCHED:
+        LAUNCHED[world] = launch(world, tmp_path_factory)
+    return LAUNCHED[world]
+
+
+def launch(world: int, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, list[dict]]:
     folder = tmp_path_factory.mktemp(f"world{world}")
     seed = torch.seed() % 2**31
     # One process imports torch, and all ranks are forked from it before it has run anything.
