@@ -27,8 +27,7 @@ class Restored:
 def restore(target: Path, *, step: int | None = None, device: torch.device | str = "cpu") -> Restored:
     """The model of a run folder (newest checkpoint, or `step`) or of a checkpoint folder inside one.
 
-    Reads the master weights only. Raises HarnessError where there is no such run or
-    checkpoint, or it is damaged.
+    Reads the master weights only. Raises HarnessError where there is no such run or checkpoint, or it is damaged.
     """
     run_folder = target
     if target.parent.name == "checkpoints":

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .blocked import owed_by_token, recomputed_gradients, reduce, reduced_loss, scale_gradients
 from .checks import check_shard, check_targets
+from .fused.facts import PLANES
 from .gradient import Upstream
 from .sweep import Problem, Wanted, arithmetic_dtype
 from .types import OUTPUTS, Terms, VocabShard
@@ -24,8 +25,6 @@ Results = tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]
 Gradients = tuple[Tensor, Tensor, Tensor]
-KEPT_PLANES = 7
-"""fused.facts.PLANES, which can be imported only where Triton is."""
 DIFFERENTIABLE = tuple(name for name in OUTPUTS if name != "correct")
 
 
@@ -214,7 +213,7 @@ def _(
         empty(formed.weight, weight.shape),
         empty(formed.bias, weight.shape[:1]),
         empty(reduction == "mean", ()),
-        empty(fused, (KEPT_PLANES, tokens)),
+        empty(fused, (PLANES, tokens)),
         hidden.new_empty(tokens if topped else 0, dtype=torch.int32 if fused else None),
         needed,
         empty(fused, ()),

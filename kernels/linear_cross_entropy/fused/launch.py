@@ -124,16 +124,15 @@ def run_facts(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The facts (6, splits, N), tops (splits, N), and each tile's log-sum-exp (N, tiles): see facts_kernel."""
     tokens, columns = len(head.hidden), len(head.weight)
+    token_tiles, column_tiles = -(-tokens // tiling.tokens), -(-columns // tiling.columns)
     programs = _multiprocessors(head.hidden.device.index) * tiling.programs
-    tiles_a_split = _tiles_a_split(-(-tokens // tiling.tokens), -(-columns // tiling.columns), programs)
-    column_tiles = -(-columns // tiling.columns)
+    tiles_a_split = _tiles_a_split(token_tiles, column_tiles, programs)
     splits = -(-column_tiles // tiles_a_split)
     facts = head.hidden.new_zeros((6, splits, tokens), dtype=torch.float32)
     tops = head.hidden.new_zeros((splits, tokens if top else 0), dtype=torch.int32)
     lses = head.hidden.new_full((tokens, column_tiles), float("-inf"), dtype=torch.float32) if tile_lses else None
-    items = -(-tokens // tiling.tokens) * splits
     with torch.cuda.device_of(head.hidden):  # Triton launches on the current device
-        device.facts_kernel[(min(items, programs),)](
+        device.facts_kernel[(min(token_tiles * splits, programs),)](
             **_matrices(head, tiling),
             **_shared_options(head, tiling),
             facts=facts,

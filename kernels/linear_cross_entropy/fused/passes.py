@@ -60,7 +60,8 @@ def forward_pass(problem: Problem, outputs: Sequence[str], filter_bound: float |
     ignored = problem.targets == terms.ignore_index
     entropy, top = "entropy" in outputs, "correct" in outputs or "max_prob" in outputs
     labels, mine = _labels(problem, ignored)
-    head = _head(problem, hidden, labels)
+    classes = _classes(problem, ignored)
+    head = _head(problem, hidden, labels, classes)
     needed_by: Tiling | None = None
     lses: Tensor | None = None
     if shard.columns and len(hidden):
@@ -75,7 +76,7 @@ def forward_pass(problem: Problem, outputs: Sequence[str], filter_bound: float |
         softmax = softmax_of_nothing(hidden.new_zeros(len(hidden), 0, dtype=torch.float32), terms, names)
     if mine is not None:
         softmax, _ = combine(softmax, mine[:, None], shard, terms)
-    chunk = ChunkStatistics(softmax, terms, _classes(problem, ignored))
+    chunk = ChunkStatistics(softmax, terms, classes)
 
     def by_token(values: Tensor) -> Tensor:
         return values.squeeze(1).masked_fill(ignored, 0)
@@ -110,14 +111,15 @@ def backward_pass(
     """
     ignored = problem.targets == problem.terms.ignore_index
     whole = unpack(kept.planes, problem.terms, entropy="entropy" in outputs)
-    chunk = ChunkStatistics(whole, problem.terms, _classes(problem, ignored))
+    classes = _classes(problem, ignored)
+    chunk = ChunkStatistics(whole, problem.terms, classes)
     given = (None if value is None else value.float().masked_fill(ignored, 0.0)[:, None] for value in upstream)
     coefficients = kernel_coefficients(chunk, weigh(chunk, Upstream(*given)), ignored)
     unit: Tensor | None = None
     if problem.hidden.dtype == torch.float16 and len(problem.targets):
         coefficients, unit = _into_range(coefficients, _most_smoothing(chunk))
     labels, _ = _labels(problem, ignored)
-    head = _head(problem, problem.hidden, labels)
+    head = _head(problem, problem.hidden, labels, classes)
     tops = kept.tops if upstream.max_prob is not None else None
     blocks = _Blocks(problem, head, kept, coefficients, tops, unit, wanted, weight_dtype, filter_weight, outputs)
     return blocks.gradients(entropy=upstream.entropy is not None)
@@ -163,14 +165,17 @@ class _Blocks:
         # By the rank with most columns: all ranks must have the same chunks, or their collectives would not meet.
         most, size = max(self.shard.most_columns, 1), problem.hidden.element_size()
         self.plan = plan_blocks(tokens, most, width, size, parts=parts)
-        new = problem.hidden.new_zeros
-        self.hidden_grad = torch.empty_like(problem.hidden) if wanted.hidden else None
+        # Every element is written but those of no tokens, or of no columns.
+        whole = tokens > 0 and self.shard.columns > 0
+        self._new = problem.hidden.new_empty if whole else problem.hidden.new_zeros
+        self.hidden_grad = self._new(problem.hidden.shape) if wanted.hidden else None
         # A strip of weight's gradient that is complete at once is rounded at once; then no whole one in fp32 exists.
         self.by_strips = wanted.weight and weight_dtype != torch.float32 and self.shard.ranks == 1
         self.weight_grad: Tensor | None = None
         if wanted.weight:
-            self.weight_grad = new((rows, width), dtype=weight_dtype if self.by_strips else torch.float32)
-        self.bias_grad = new(rows, dtype=torch.float32) if wanted.bias else None
+            self.weight_grad = self._new((rows, width), dtype=weight_dtype if self.by_strips else torch.float32)
+            self.weight_grad[self.shard.columns :] = 0.0
+        self.bias_grad = problem.hidden.new_zeros(rows, dtype=torch.float32) if wanted.bias else None
 
     def gradients(self, *, entropy: bool) -> list[Tensor | None]:
         """Of hidden, weight and bias."""
@@ -190,7 +195,7 @@ class _Blocks:
         hidden_grad = self._sums(slice(0, len(self.problem.hidden)), self.problem.hidden)
         for strip in self._strips():
             weight_rows = self.weight_grad[strip.start : strip.stop]
-            sums = torch.zeros_like(weight_rows, dtype=torch.float32)
+            sums = self._new(weight_rows.shape, dtype=torch.float32)
             for number, (rows, chunk) in enumerate(chunks):
                 part = None if hidden_grad is None else hidden_grad[rows]
                 self._multiply(chunk, strip, part, sums, first=number == 0, entropy=entropy)
@@ -225,8 +230,8 @@ class _Blocks:
         if self.hidden_grad is None:
             return None
         if self.hidden_grad.dtype == torch.float32 and not self.shard.sequence_parallel:
-            return self.hidden_grad[rows].zero_()
-        return hidden.new_zeros(hidden.shape, dtype=torch.float32)
+            return self.hidden_grad[rows]
+        return self._new(hidden.shape, dtype=torch.float32)
 
     def _arrive(self, work: Any, partial: Tensor, own: Tensor, rows: slice) -> None:
         """A chunk's gradient, complete; `partial` was needed until then."""
@@ -321,16 +326,15 @@ def _labels(problem: Problem, ignored: Tensor) -> tuple[Tensor, Tensor | None]:
     return columns.masked_fill(ignored, int(device.IGNORED)).int(), mine
 
 
-def _head(problem: Problem, hidden: Tensor, labels: Tensor) -> Head:
+def _head(problem: Problem, hidden: Tensor, labels: Tensor, classes: ClassWeights | None) -> Head:
     """Matrices whose rows lie side by side, without padding rows."""
     shard = problem.shard
-    classes = None if problem.class_weights is None else problem.class_weights.float()
     return Head(
         # Under sequence parallelism what is gathered of it lies without gaps: so must it, to have the same tiling.
         hidden=hidden.contiguous() if shard.sequence_parallel else _rows_side_by_side(hidden),
         weight=_rows_side_by_side(problem.weight[: shard.columns]),
         bias=None if problem.bias is None else problem.bias[: shard.columns].contiguous(),
-        class_weights=None if classes is None else classes[shard.start : shard.start + shard.columns].contiguous(),
+        class_weights=None if classes is None else classes.columns.contiguous(),
         labels=labels,
         terms=problem.terms,
     )
