@@ -20,6 +20,7 @@ from harness import __version__, stop
 from harness.config.errors import ConfigError, HarnessError
 
 if TYPE_CHECKING:
+    from harness.model_folder import ModelFolderSettings
     from harness.settings import Settings
 
 Verb = Callable[..., int | None]
@@ -63,22 +64,43 @@ def train(target: str, overrides: Sequence[str]) -> int:
     return 0 if run(load_settings(target, overrides)).stopped_by is None else stop.EXIT_RESUME
 
 
-def evaluate(target: str, overrides: Sequence[str]) -> None:
-    """loss and bits per byte of a run's checkpoint on held-out text, as JSON"""
+def evaluate(target: str, overrides: Sequence[str], *, data_from: str | None = None) -> None:
+    """loss and bits per byte of a model on held-out text, as JSON"""
     from harness.evaluate import evaluate as run
 
-    settings = load_settings(target, overrides)
-    result = run(run_folder(target, settings), settings.evaluate, settings.data, settings.parallel)
-    print(json.dumps(result, indent=2))
+    folder, settings = load_trained(target, overrides, data_from)
+    if settings.data is None:
+        raise ConfigError(
+            f"{target}: no run's configuration lies there, so no text to evaluate on: say --data FILE.yaml (its data "
+            f"section), or data.corpora=... and data.folder=..."
+        )
+    print(json.dumps(run(folder, settings.evaluate, settings.data, settings.parallel), indent=2))
 
 
 def generate(target: str, overrides: Sequence[str]) -> None:
-    """continue a prompt with a run's checkpoint"""
+    """continue a prompt with a trained model"""
     from harness.evaluate import generate as run
 
-    settings = load_settings(target, overrides)
-    for text in run(run_folder(target, settings), settings.generate, settings.parallel):
+    folder, settings = load_trained(target, overrides)
+    for text in run(folder, settings.generate, settings.parallel):
         print(settings.generate.prompt + text)
+
+
+def convert(
+    source: str,
+    target: str,
+    *,
+    to: str | None = None,
+    step: int | None = None,
+    dtype: str | None = None,
+    proof: str = "auto",
+    no_proof: bool = False,
+) -> None:
+    """a model from one format into another, with a proof that it is the same"""
+    from harness.convert import convert as run
+
+    method: Any = None if no_proof else proof
+    print("\n".join(run(Path(source), Path(target), to=to, step=step, dtype=dtype, proof=method).lines()))
 
 
 def checkpoint(
@@ -134,6 +156,7 @@ VERBS: dict[str, Verb] = {
     "tokenize": tokenize,
     "evaluate": evaluate,
     "generate": generate,
+    "convert": convert,
     "checkpoint": checkpoint,
     "config": config,
     "doctor": doctor,
@@ -159,9 +182,9 @@ def config_file(target: str) -> Path:
     """Where the YAML that `target` means lies."""
     path = Path(target)
     if path.is_dir():
-        for folder in (path, path.parent.parent):  # a run folder, or runs/NAME/checkpoints/step-...
-            if (folder / "config.yaml").is_file():
-                return folder / "config.yaml"
+        file = _configured(path)
+        if file is not None:
+            return file
         raise ConfigError(f"{target}: a folder without config.yaml; give a YAML file or a run folder")
     if path.exists() or path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         return path
@@ -172,6 +195,30 @@ def config_file(target: str) -> Path:
         hint = f"did you mean {close[0]}?" if close else f"embedded ones: {', '.join(embedded)}"
         raise ConfigError(f"{target}: no such file, and no embedded configuration of that name; {hint}")
     return embedded[target]
+
+
+def _configured(folder: Path) -> Path | None:
+    """The configuration of a run or checkpoint folder; None where the folder has none."""
+    place = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    return place / "config.yaml" if (place / "config.yaml").is_file() else None
+
+
+def load_trained(
+    target: str, overrides: Sequence[str], data_from: str | None = None
+) -> tuple[Path, Settings | ModelFolderSettings]:
+    """The folder of a trained model, and its settings: its run's, or where there is none what is said here.
+
+    Raises ConfigError where `data_from` is said of a run, which has a data section.
+    """
+    path = Path(target)
+    if path.is_dir() and _configured(path) is None:
+        from harness.model_folder import load_model_folder
+
+        return path, load_model_folder(path, overrides, None if data_from is None else config_file(data_from))
+    if data_from is not None:
+        raise ConfigError(f"--data {data_from}: {target} has a data section of its own; override its keys")
+    settings = load_settings(target, overrides)
+    return run_folder(target, settings), settings
 
 
 def run_folder(target: str, settings: Settings) -> Path:
@@ -213,8 +260,20 @@ def build_parser() -> argparse.ArgumentParser:
         command = verbs.add_parser(name, help=summary, description=summary)
         if verb is checkpoint:
             _add_checkpoint_actions(command)
+        elif verb is convert:
+            _add_conversion(command)
         elif verb is not doctor:
-            _add_target(command, "a YAML file, a run folder, or the name of an embedded configuration: quickstart")
+            also = ", a Hugging Face folder" if verb in (evaluate, generate) else ""
+            _add_target(
+                command, f"a YAML file, a run folder{also}, or the name of an embedded configuration: quickstart"
+            )
+        if verb is evaluate:
+            command.add_argument(
+                "--data",
+                dest="data_from",
+                metavar="FILE",
+                help="for a folder that is no run's: a YAML file or run folder whose data section is meant",
+            )
     return parser
 
 
@@ -230,6 +289,22 @@ def _add_checkpoint_actions(command: argparse.ArgumentParser) -> None:
             parser.add_argument("--step", type=_step_number, metavar="STEP", help=f"which checkpoint; default: {which}")
         if action == "prune":
             parser.add_argument("--dry-run", action="store_true", help="say what would be deleted, delete nothing")
+
+
+def _add_conversion(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", help="a run or checkpoint folder, a Hugging Face folder, ...")
+    command.add_argument("target", help="the folder to make; it must not be there yet")
+    command.add_argument("--to", metavar="FORMAT", help="default: huggingface for a run of harness, else harness")
+    command.add_argument("--step", type=_step_number, metavar="STEP", help="which checkpoint; default: the newest")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: float32")
+    command.add_argument(
+        "--proof",
+        choices=("auto", "transformers", "streamed"),
+        default="auto",
+        help="who computes the logits: harness's decoder part by part, and transformers, which holds the whole model; "
+        "auto: both, where transformers is installed and memory allows",
+    )
+    command.add_argument("--no-proof", action="store_true", help="compare no logits; the target then says so")
 
 
 def _add_target(command: argparse.ArgumentParser, meaning: str) -> None:

@@ -48,9 +48,10 @@ class TrainSection(Section):
     must: refuse to start without a checkpoint."""
 
     init_from: str | None = None
-    """A run or checkpoint folder to begin with the weights of: step 0, new optimizer, own data and schedule. The
-    model's shape and the tokenizer must be the same. Without effect where the run goes on from a checkpoint of its own:
-    that is a resume, which takes everything. null: new weights."""
+    """A run or checkpoint folder, or a Hugging Face folder, to begin with the weights of: step 0, new optimizer, own
+    data and schedule. The model's shape and the tokenizer must be the same; each rank reads its own part. Without
+    effect where the run goes on from a checkpoint of its own: that is a resume, which takes everything. null: new
+    weights."""
 
     dry_run: bool = False
     """Train nothing: lay the job out on this one process and print what the rank that `dry_run` names would be and

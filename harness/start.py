@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from harness.checkpoint import CheckpointStore
 from harness.config import HarnessError, plain
-from harness.data import Prepared, open_prepared, prepare_for_training
+from harness.convert import ModelSource, RunSource, is_run, open_source
+from harness.data import Prepared, Tokenizer, open_prepared, prepare_for_training
 from harness.parallel import Channel, Engine, ParallelLayout
 from harness.runs import RunFolder
 from harness.settings import Settings
@@ -125,41 +127,64 @@ def check_resume(state: dict[str, Any], settings: Settings, tokenizer: str, wher
 
 
 def load_weights(
-    engine: Engine, settings: Settings, tokenizer: str, layout: ParallelLayout, channel: Channel
+    engine: Engine, settings: Settings, tokenizer: Tokenizer, layout: ParallelLayout, channel: Channel
 ) -> dict[str, Any]:
-    """Begin with the weights of another run, `train.init_from`; where they came from, as JSON.
+    """Begin with the weights that `train.init_from` names, each rank reading its own part; where they came from, as
+    JSON.
 
-    Raises HarnessError where there is no such checkpoint, it is damaged, or its model or tokenizer is another.
+    Raises HarnessError on every rank where there is no such model, it is damaged, or its shape or tokenizer is another.
     """
-    source = settings.train.init_from
-    assert source is not None
-    folder, wanted = Path(source), None
-    if folder.parent.name == "checkpoints" and folder.name.removeprefix("step-").isdigit():
-        folder, wanted = folder.parents[1], int(folder.name.removeprefix("step-"))
-    store = CheckpointStore(folder / "checkpoints")
-    if wanted is not None:
-        step: int | None = wanted
-        for problem in channel.all_lines(store.verify(wanted, share=(layout.rank, layout.world_size))):
-            raise HarnessError(f"train.init_from: {problem}")
-    else:
-        step = newest_verified(store, layout, channel)
-    if step is None:
-        raise HarnessError(f"train.init_from: {source}: no run with a good checkpoint; give runs/NAME or a step in it")
-    state = store.read_state(step)
-    may_change = {key.removeprefix("model.") for key in MAY_CHANGE | {"model.shape", "model.max_positions"}}
-    theirs, ours = state["settings"]["model"], plain(settings.model)
-    differences = {key: value for key, value in _changes(theirs, ours).items() if key not in may_change}
-    if settings.model.positions != "rope" and theirs.get("max_positions") != ours.get("max_positions"):
-        differences["max_positions"] = theirs.get("max_positions"), ours.get("max_positions")
-    refused = [f"model.{key}: {before} there, {now} here" for key, (before, now) in differences.items()]
-    if state["tokenizer"] != tokenizer:
+    where = settings.train.init_from
+    assert where is not None
+    source = _open_weights(Path(where), layout, channel)
+    differences = _changes(source.section.architecture(), settings.model.architecture())
+    refused = [f"model.{key}: {theirs} there, {ours} here" for key, (theirs, ours) in differences.items()]
+    if not _same_tokenizer(source, tokenizer):
         refused.append("data.tokenizer: another tokenizer")
     if refused:
-        raise HarnessError(f"train.init_from: {source}: its weights do not fit ({'; '.join(refused)})")
-    masters = [fragment for fragment in engine.fragments() if fragment.kind == "master"]
-    store.load(step, into=masters, verify=False)  # that was just done
+        raise HarnessError(f"train.init_from: {where}: its weights do not fit ({'; '.join(refused)})")
+    source.read([fragment for fragment in engine.fragments() if fragment.kind == "master"])
     engine.refresh_weights()
-    return {"init_from": str(store.folder / f"step-{step:08d}")}
+    return {"init_from": str(source.path)}
+
+
+def _open_weights(folder: Path, layout: ParallelLayout, channel: Channel) -> ModelSource:
+    """The model in a folder; of a run every byte is verified, each rank reading its share of the files.
+
+    What one rank finds wrong, all raise: a folder that one of them does not see must not leave the others waiting.
+    """
+
+    def agree(problems: Sequence[str]) -> None:
+        for problem in channel.all_lines(problems):
+            raise HarnessError(f"train.init_from: {problem}")
+
+    agree([] if folder.is_dir() else [f"{folder}: no such folder"])
+    step = None
+    if is_run(folder) and folder.parent.name != "checkpoints":
+        step = newest_verified(CheckpointStore(folder / "checkpoints"), layout, channel)
+        agree([] if step is not None else [f"{folder}: no run with a good checkpoint; give runs/NAME or a step in it"])
+    source, problem = None, []
+    try:
+        source = open_source(folder, step=step)
+    except HarnessError as error:
+        problem = [str(error)]
+    agree(problem)
+    assert source is not None
+    if step is None:
+        agree(source.verify((layout.rank, layout.world_size)))
+    return source
+
+
+def _same_tokenizer(source: ModelSource, tokenizer: Tokenizer) -> bool:
+    """Of a run, the very same; of another folder, one in which every id stands for the same bytes."""
+    if isinstance(source, RunSource):
+        return source.tokenizer_fingerprint in (tokenizer.fingerprint, None)
+    if source.tokenizer is None:
+        logger.warning(
+            "%s: has no tokenizer, so data.tokenizer is taken to be the one it was trained with", source.path
+        )
+        return True
+    return source.tokenizer.pieces == tokenizer.pieces
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -368,7 +368,7 @@ class Trainer:
             if state.get("unfinished") is not None:
                 self._unfinished = json.loads(state["unfinished"])
         elif settings.train.init_from is not None:
-            origin = load_weights(self.engine, settings, tokenizer, self.layout, self._channel)
+            origin = load_weights(self.engine, settings, self.prepared.tokenizer, self.layout, self._channel)
         elif settings.train.precision == "bf16" and self.layout.section.zero_stage > 0:
             initialise_masters(self.engine.fragments(), settings.model, settings.train.seed)
         self._open_run(start, origin)

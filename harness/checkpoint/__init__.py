@@ -5,13 +5,18 @@ Read store.py first (saving, finding, loading), then manifest.py (the format).
 """
 
 from . import inspection
+from .boxes import Box, cover_problem
+from .disk import make_folders, remove, write_synced
 from .errors import CannotWriteError, CheckpointError
 from .manifest import Manifest, StoredFile, StoredFragment, StoredTensor
 from .retention import Pruner, Retention
 from .saver import Saved, Saver
 from .store import CheckpointStore
+from .tensor_file import write_tensor_file
+from .tensor_reader import TensorEntry, TensorFile
 
 __all__ = [
+    "Box",
     "CannotWriteError",
     "CheckpointError",
     "CheckpointStore",
@@ -23,5 +28,12 @@ __all__ = [
     "StoredFile",
     "StoredFragment",
     "StoredTensor",
+    "TensorEntry",
+    "TensorFile",
+    "cover_problem",
     "inspection",
+    "make_folders",
+    "remove",
+    "write_synced",
+    "write_tensor_file",
 ]

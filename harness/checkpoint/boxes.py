@@ -18,6 +18,11 @@ class Box:
     def elements(self) -> int:
         return prod(self.shape)
 
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The box as an index into the global tensor."""
+        return tuple(slice(start, start + size) for start, size in zip(self.offsets, self.shape, strict=True))
+
     def intersect(self, other: Box) -> Box | None:
         """The part that both boxes have, in the coordinates of the global tensor; None where there is none."""
         starts = tuple(map(max, self.offsets, other.offsets))

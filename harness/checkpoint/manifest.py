@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -88,6 +88,16 @@ class Manifest(Part):
     step: _Size
     state: dict[str, JsonValue]
     """Everything that is not a tensor."""
+
+    def files_of(self, kinds: Collection[str]) -> dict[str, StoredFile]:
+        """The files that hold anything of tensors of these kinds."""
+        names = {
+            fragment.file
+            for key, tensor in self.tensors.items()
+            if key.partition("/")[0] in kinds
+            for fragment in tensor.fragments
+        }
+        return {name: file for name, file in self.files.items() if name in names}
 
 
 def merge(parts: Iterable[Part], step: int, state: dict[str, Any]) -> Manifest:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from harness.disk import sha256_of
 from harness.parallel import Fragment
@@ -22,7 +18,7 @@ from .disk import plain_file_problem
 from .dtypes import SAFETENSORS_NAMES, dtype_name
 from .errors import CheckpointError
 from .manifest import Manifest, StoredFile, StoredFragment
-from .tensor_file import read_tensor, tensor_starts
+from .tensor_reader import TensorFile
 
 
 @dataclass(frozen=True)
@@ -31,8 +27,8 @@ class Copy:
 
     source: StoredFragment
     dtype: str
-    part: tuple[slice, ...]
-    """Of the stored box."""
+    part: Box
+    """Of the stored box, in its own coordinates."""
     target: torch.Tensor
 
 
@@ -59,48 +55,21 @@ def plan_copies(
             common = source.box.intersect(box)
             if common:
                 target = fragment.tensor.detach()[common.slices_in(box)]
-                copies[source.file].append(Copy(source, dtype, common.slices_in(source.box), target))
+                offsets = tuple(part.start for part in common.slices_in(source.box))
+                copies[source.file].append(Copy(source, dtype, Box(offsets, common.shape), target))
     return dict(copies)
 
 
 def copy_planned(folder: Path, copies: dict[str, list[Copy]]) -> None:
     """Carry a plan out. Every file is opened and its header compared with the plan before the first copy."""
     with ExitStack() as stack:
-        opened = {name: _open(stack, folder / name) for name in sorted(copies)}
+        opened = {name: stack.enter_context(TensorFile(folder / name)) for name in sorted(copies)}
         for name, file in opened.items():
             for copy in copies[name]:
-                _check_header(file, copy.source, copy.dtype, folder / name)
+                _check_header(file, copy.source, copy.dtype)
         for name, file in opened.items():
-            try:
-                _copy_from(folder / name, file, copies[name])
-            except OSError as error:
-                raise CheckpointError(f"{folder / name}: cannot be read: {error}") from None
-
-
-def _copy_from(path: Path, file: Any, copies: Sequence[Copy]) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        starts = tensor_starts(descriptor)
-        for copy in copies:
-            place = _place_in_one_piece(copy)
-            if place is not None:
-                read_tensor(descriptor, starts[copy.source.key] + place * copy.target.element_size(), copy.target)
-            else:  # get_slice reads no more than the slice, but a scalar has no slices
-                stored = file.get_slice(copy.source.key)[copy.part] if copy.part else file.get_tensor(copy.source.key)
-                copy.target.copy_(stored)
-    finally:
-        os.close(descriptor)
-
-
-def _place_in_one_piece(copy: Copy) -> int | None:
-    """The element of the stored box at which the part begins; None where the part has gaps there or in memory."""
-    if copy.target.device.type != "cpu" or not copy.target.is_contiguous():
-        return None
-    sizes, whole = [part.stop - part.start for part in copy.part], copy.source.shape
-    cut = next((dimension for dimension, size in enumerate(sizes) if size > 1), len(sizes))
-    if tuple(sizes[cut + 1 :]) != whole[cut + 1 :]:
-        return None
-    return sum(part.start * prod(whole[dimension + 1 :]) for dimension, part in enumerate(copy.part))
+            for copy in copies[name]:
+                file.read(copy.source.key, [(copy.part, copy.target)])
 
 
 def content_problem(folder: Path, name: str, file: StoredFile) -> str | None:
@@ -115,22 +84,14 @@ def content_problem(folder: Path, name: str, file: StoredFile) -> str | None:
     return problem
 
 
-def _open(stack: ExitStack, path: Path) -> Any:
-    try:
-        return stack.enter_context(safe_open(path, framework="pt"))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: is not a safetensors file: {error}") from None
-
-
-def _check_header(file: Any, source: StoredFragment, dtype: str, path: Path) -> None:
-    try:
-        header = file.get_slice(source.key)
-    except SafetensorError:
-        raise CheckpointError(f"{path}: has no tensor {source.key}, which the manifest places there") from None
-    found, expected = (header.get_dtype(), tuple(header.get_shape())), (SAFETENSORS_NAMES[dtype], source.shape)
+def _check_header(file: TensorFile, source: StoredFragment, dtype: str) -> None:
+    header = file.entries.get(source.key)
+    if header is None:
+        raise CheckpointError(f"{file.path}: has no tensor {source.key}, which the manifest places there")
+    found, expected = (header.format_name, header.shape), (SAFETENSORS_NAMES[dtype], source.shape)
     if found != expected:
         raise CheckpointError(
-            f"{path}: {source.key} is {found[0]} {found[1]}, and {expected[0]} {expected[1]} in the manifest"
+            f"{file.path}: {source.key} is {found[0]} {found[1]}, and {expected[0]} {expected[1]} in the manifest"
         )
 
 

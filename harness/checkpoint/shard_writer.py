@@ -15,6 +15,8 @@ from .errors import CheckpointError
 from .manifest import Part, StoredFile, StoredFragment, StoredTensor
 from .tensor_file import write_tensor_file
 
+Fetch = Callable[[Fragment], torch.Tensor]
+
 
 def write_fragments(
     folder: Path,
@@ -22,13 +24,14 @@ def write_fragments(
     file_name: Callable[[int], str],
     max_file_bytes: int,
     on_written: Callable[[int], None] = lambda size: None,
+    fetch: Fetch | None = None,
 ) -> Part:
     """Write `fragments`, in their order, into files of at most `max_file_bytes` (or one fragment), and describe them.
 
-    Every file is flushed to the disk and hashed. Raises CheckpointError for fragments that contradict each other, and
-    OSError.
+    `fetch` gives the elements of a fragment whose tensor has none (see CheckpointStore.save). Every file is flushed to
+    the disk and hashed. Raises CheckpointError for fragments that contradict each other, and OSError.
     """
-    writer = _ShardWriter(folder, file_name, max_file_bytes, on_written)
+    writer = _ShardWriter(folder, file_name, max_file_bytes, on_written, fetch)
     for fragment in fragments:
         writer.add(fragment)
     writer.flush()
@@ -44,15 +47,17 @@ class _ShardWriter:
         file_name: Callable[[int], str],
         max_file_bytes: int,
         on_written: Callable[[int], None],
+        fetch: Fetch | None,
     ) -> None:
         self._folder = folder
         self._file_name = file_name
         self._max_file_bytes = max_file_bytes
         self._on_written = on_written
+        self._fetch = fetch
         self._headers: dict[str, StoredTensor] = {}
         self._boxes: dict[str, dict[str, StoredFragment]] = {}
         self._files: dict[str, StoredFile] = {}
-        self._pending: dict[str, torch.Tensor] = {}
+        self._pending: dict[str, Fragment] = {}
         self._pending_bytes = 0
 
     def add(self, fragment: Fragment) -> None:
@@ -76,7 +81,7 @@ class _ShardWriter:
             self.flush()
         file = self._file_name(len(self._files))
         boxes[key_in_file] = StoredFragment(offsets=box.offsets, shape=box.shape, file=file, key=key_in_file)
-        self._pending[key_in_file] = tensor
+        self._pending[key_in_file] = fragment
         self._pending_bytes += tensor.nbytes
 
     def flush(self) -> None:
@@ -84,7 +89,13 @@ class _ShardWriter:
         if not self._pending:
             return
         name = self._file_name(len(self._files))
-        self._files[name] = write_tensor_file(self._folder / name, self._pending, self._on_written)
+        pending, fetch = self._pending, self._fetch
+        self._files[name] = write_tensor_file(
+            self._folder / name,
+            {key: fragment.tensor for key, fragment in pending.items()},
+            self._on_written,
+            None if fetch is None else lambda key: fetch(pending[key]),
+        )
         self._pending, self._pending_bytes = {}, 0
 
     def part(self) -> Part:

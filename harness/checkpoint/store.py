@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from .disk import make_folders, remove, write_synced
 from .errors import CannotWriteError, CheckpointError
 from .manifest import Manifest, Part, StoredFile, check_json, merge, read_manifest, write_manifest
 from .shard_reader import content_problem, copy_planned, plan_copies
-from .shard_writer import write_fragments
+from .shard_writer import Fetch, write_fragments
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +71,18 @@ class CheckpointStore:
         fragments: Iterable[Fragment],
         state: dict[str, Any],
         on_written: Callable[[int], None] = lambda size: None,
+        *,
+        fetch: Fetch | None = None,
     ) -> Path:
         """Write a checkpoint and return its folder, committed; until then nothing of it can be taken for one.
 
         The fragments of all writers tile each tensor exactly; their memory must not change before save returns. `state`
         is plain JSON, writer 0's is stored. A step that exists already is replaced, once the new one is whole on disk.
-        `on_written` is told of the bytes that this writer has written. Raises CheckpointError on every writer where one
-        of them failed, CannotWriteError where it was for the disk; what existed before then still does.
+        `on_written` is told of the bytes that this writer has written. With `fetch` the fragments' tensors may be on
+        the meta device: each one's elements are fetched when they are written, and no two are held.
+
+        Raises CheckpointError on every writer where one of them failed, CannotWriteError where it was for the disk;
+        what existed before then still does.
         """
         final = self.folder / _folder_name(step)
         temporary = self.folder / f".tmp-{final.name}"
@@ -96,7 +101,7 @@ class CheckpointStore:
 
         def write() -> None:
             nonlocal part
-            part = write_fragments(temporary, mine, self._file_name, self._max_file_bytes, on_written)
+            part = write_fragments(temporary, mine, self._file_name, self._max_file_bytes, on_written, fetch)
             if self._writer:
                 write_synced(temporary / _part_name(self._writer), part.model_dump_json().encode())
 
@@ -214,16 +219,18 @@ class CheckpointStore:
         """The state that was saved with a step. Raises CheckpointError."""
         return self.manifest(step).state
 
-    def verify(self, step: int, share: tuple[int, int] = (0, 1)) -> list[str]:
+    def verify(self, step: int, share: tuple[int, int] = (0, 1), *, kinds: Collection[str] | None = None) -> list[str]:
         """What is wrong with a step, one line a file; every byte of every file is read. Empty: the step is whole.
 
-        `share` (number, of how many) leaves out the files that other ranks read.
+        `share` (number, of how many) leaves out the files that other ranks read, `kinds` those that hold no tensor of
+        these kinds ("master").
         """
         try:  # every damaged file is named, so the first that is missing is not the end
             manifest = read_manifest(self.folder_of(step), step, check_files=False)
         except CheckpointError as error:
             return [str(error)]
-        return self._damaged(self.folder_of(step), _deal_out(manifest.files, *share))
+        files = manifest.files if kinds is None else manifest.files_of(kinds)
+        return self._damaged(self.folder_of(step), _deal_out(files, *share))
 
     def load(
         self, step: int, into: Iterable[Fragment], *, verify: bool = True, allow_unused: bool = False
@@ -242,6 +249,11 @@ class CheckpointStore:
             raise CheckpointError(f"{problem}{self._advice(step)}")
         copy_planned(folder, copies)
         return manifest.state
+
+    def read(self, manifest: Manifest, into: Iterable[Fragment]) -> None:
+        """`load` for one who reads a little at a time: of a manifest from here, nothing is verified, the rest left."""
+        folder = self.folder_of(manifest.step)
+        copy_planned(folder, plan_copies(manifest, list(into), str(folder), allow_unused=True))
 
     def _damaged(self, folder: Path, files: dict[str, StoredFile]) -> list[str]:
         with ThreadPoolExecutor(HASHING_THREADS) as pool:

@@ -6,7 +6,7 @@ first (what a section is), then load.py (how values reach it and what a mistake 
 
 from .dump import dump_yaml, plain
 from .errors import ConfigError, HarnessError
-from .load import field_names, load_config, sections_in, validate
+from .load import field_names, load_config, read_yaml, sections_in, validate
 from .section import Section
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "field_names",
     "load_config",
     "plain",
+    "read_yaml",
     "sections_in",
     "validate",
 ]

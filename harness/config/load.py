@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Iterable, Sequence
@@ -39,14 +40,18 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(
-    config_type: type[ConfigType], file: Path | None, overrides: Sequence[str] = (), *, label: str | None = None
+    config_type: type[ConfigType],
+    file: Path | dict[str, Any] | None,
+    overrides: Sequence[str] = (),
+    *,
+    label: str | None = None,
 ) -> ConfigType:
-    """Defaults, then `file`, then `overrides` (`section.key=value`), validated.
+    """Defaults, then `file` (or what would stand in one), then `overrides` (`section.key=value`), validated.
 
     `label` is how messages name the file. Raises ConfigError with one line a problem.
     """
-    label = label or (str(file) if file is not None else "defaults")
-    values = read_yaml(file, label) if file is not None else {}
+    label = label or (str(file) if isinstance(file, Path) else "defaults")
+    values = read_yaml(file, label) if isinstance(file, Path) else copy.deepcopy(file or {})
     from_command_line = set()
     for override in overrides:
         path, value = parse_override(override, config_type)

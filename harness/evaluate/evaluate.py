@@ -29,9 +29,7 @@ def evaluate(target: Path, section: EvaluateSection, data: DataSection, parallel
         restored = restore(target, step=section.step, device=layout.device)
         prepared = prepare_for_training(data)
         if prepared.tokenizer.fingerprint != restored.tokenizer.fingerprint:
-            raise HarnessError(
-                f"{prepared.folder}: tokenized with another tokenizer than {restored.run_folder} was trained with"
-            )
+            raise HarnessError(f"{prepared.folder}: tokenized with another tokenizer than {restored.folder} has")
         windows = EvaluationWindows(prepared, data, section.split, section.batch_size, limit_samples=section.samples)
         parts: dict[str, list[np.ndarray]] = {}
 
@@ -49,7 +47,7 @@ def evaluate(target: Path, section: EvaluateSection, data: DataSection, parallel
             np.savez_compressed(section.per_token, **arrays)
     total = sum(scores.values(), Score())
     return {
-        "run": str(restored.run_folder),
+        "run": str(restored.folder),
         "step": restored.step,
         "split": section.split,
         **_columns(total),

@@ -1,4 +1,4 @@
-"""A trained model back from its run folder."""
+"""A trained model back from where it lies."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from harness.checkpoint import CheckpointStore
-from harness.config import HarnessError, validate
-from harness.data import Tokenizer, load_tokenizer
-from harness.model import Decoder, ModelSection, build_decoder
+from harness.config import HarnessError
+from harness.convert import RunSource, open_source
+from harness.data import Tokenizer
+from harness.model import Decoder, build_decoder
 from harness.parallel import Fragment
 
 
@@ -20,40 +20,37 @@ class Restored:
 
     model: Decoder
     tokenizer: Tokenizer
-    run_folder: Path
-    step: int
+    folder: Path
+    """The run's, or the folder of another format."""
+    step: int | None
+    """None where the folder is no run's."""
 
 
 def restore(target: Path, *, step: int | None = None, device: torch.device | str = "cpu") -> Restored:
-    """The model of a run folder (newest checkpoint, or `step`) or of a checkpoint folder inside one.
+    """The model of a run folder (newest checkpoint, or `step`), of a checkpoint folder inside one, or of a folder in
+    another format that harness.convert reads.
 
-    Reads the master weights only. Raises HarnessError where there is no such run or checkpoint, or it is damaged.
+    Reads the master weights only. Raises HarnessError where there is no such model, it is damaged, or has no tokenizer.
     """
-    run_folder = target
-    if target.parent.name == "checkpoints":
-        run_folder = target.parent.parent
-        if step is None:
-            name = target.name.removeprefix("step-")
-            if not name.isdigit():
-                raise HarnessError(f"{target}: not a checkpoint; expected a folder such as step-00000200")
-            step = int(name)
-    store = CheckpointStore(run_folder / "checkpoints")
-    if step is None:
-        step = max(store.steps(), default=None)  # if it is damaged, that is said, and not another one taken for it
-        if step is None:
-            raise HarnessError(
-                f"{run_folder}: no run with a good checkpoint; give runs/NAME or runs/NAME/checkpoints/step-…"
-            )
-    state = store.read_state(step)
-    section = validate(ModelSection, state["settings"]["model"], f"{store.folder}, step {step}: model")
-    tokenizer = load_tokenizer(run_folder / "tokenizer")
-    if tokenizer.fingerprint != state["tokenizer"]:
-        raise HarnessError(f"{run_folder / 'tokenizer'}: not the tokenizer that the checkpoint was trained with")
-    model = build_decoder(section, seed=0, device=device)
+    source = open_source(target, step=step)
+    problems = source.verify()
+    if problems:
+        raise HarnessError("\n".join(problems))
+    tokenizer = source.tokenizer
+    if tokenizer is None:
+        raise HarnessError(f"{target}: has no tokenizer; put its tokenizer.json or tokenizer.model there")
+    if source.section.vocab_size is not None and tokenizer.vocab_size > source.section.vocab_size:
+        raise HarnessError(
+            f"{target}: its tokenizer has {tokenizer.vocab_size} tokens, and its model {source.section.vocab_size}"
+        )
+    model = build_decoder(source.section, seed=0, device=device)
     placements = model.placements()
-    fragments = [
-        Fragment.whole(name, "master", weight.detach()[: placements[name].shape[0]])
-        for name, weight in model.named_parameters()
-    ]
-    store.load(step, into=fragments)
-    return Restored(model.eval(), tokenizer, run_folder, step)
+    source.read(
+        [
+            Fragment.whole(name, "master", weight.detach()[: placements[name].shape[0]])
+            for name, weight in model.named_parameters()
+        ]
+    )
+    if isinstance(source, RunSource):
+        return Restored(model.eval(), tokenizer, source.run_folder, source.step)
+    return Restored(model.eval(), tokenizer, target, None)

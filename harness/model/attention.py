@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +64,7 @@ class Attention(nn.Module):
         self.queries_per_group = section.heads // section.key_value_heads
         self.groups = section.key_value_heads // tensor.size  # on this rank
         rows = section.key_value_heads * (self.queries_per_group + 2) * self.width
-        self.qkv = tensor.column_linear(section.hidden_size, rows, bias=section.bias)
+        self.qkv = tensor.column_linear(section.hidden_size, rows, bias=section.has_qkv_bias)
         self.output = tensor.row_linear(section.heads * self.width, section.hidden_size, bias=section.bias)
         self.q_norm = RMSNorm(self.width, section.norm_epsilon, tensor.on_heads) if section.qk_norm else None
         self.k_norm = RMSNorm(self.width, section.norm_epsilon, tensor.on_heads) if section.qk_norm else None
@@ -97,14 +98,25 @@ class Attention(nn.Module):
         return self.output(mixed.transpose(1, 2).reshape(batch, sequence, -1))
 
 
-def rotation_tables(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x theta^(-2i/width), (rows, 1, sequence, width / 2), for positions (rows, sequence).
+def rotation_tables(positions: Tensor, section: ModelSection, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x frequency, (rows, 1, sequence, width / 2), for positions (rows, sequence).
 
     Angles are computed in fp32 whatever the dtype of the tables.
     """
-    frequencies = theta ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
-    angles = positions[:, None, :, None].float() * frequencies
+    angles = positions[:, None, :, None].float() * rotary_frequencies(section, positions.device)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotary_frequencies(section: ModelSection, device: torch.device) -> Tensor:
+    """theta^(-2i/width) in radians a position, fp32 (width / 2,); stretched where the section says so."""
+    width, scaling = section.head_width, section.rope_scaling
+    frequencies = section.rope_theta ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0.0, 1.0)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

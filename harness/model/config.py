@@ -15,6 +15,31 @@ if TYPE_CHECKING:
     import torch
 
 
+class RopeScalingSection(Section):
+    """Rotary frequencies stretched for longer contexts than a model was first trained on, as Llama 3.1 does it
+    (Grattafiori et al., arXiv 2407.21783; its released code has the formula)."""
+
+    factor: float = Field(..., ge=1)
+    """How much slower the slowest pairs turn."""
+
+    low_freq_factor: float = Field(1.0, gt=0)
+    """Pairs that turn less often than this over original_max_positions are slowed by the whole factor."""
+
+    high_freq_factor: float = Field(4.0, gt=0)
+    """Pairs that turn more often than this are left as they are; those between, in part."""
+
+    original_max_positions: int = Field(8192, ge=1)
+    """Longest sequence of the training before."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RopeScalingSection:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor} is not above low_freq_factor {self.low_freq_factor}"
+            )
+        return self
+
+
 class ModelSection(Section):
     """The decoder. `shape` or `family` fill in what is not said; what is said wins; the resolved file says all."""
 
@@ -55,6 +80,9 @@ class ModelSection(Section):
     rope_theta: float = Field(10000.0, gt=0)
     """Base of the rotary frequencies; without effect on learned positions."""
 
+    rope_scaling: RopeScalingSection | None = None
+    """Frequencies as Llama 3.1 and 3.2 have them, for long contexts. null: none."""
+
     norm: Literal["layernorm", "rmsnorm"]
     """LayerNorm (gain and bias) or RMSNorm (gain)."""
 
@@ -66,6 +94,9 @@ class ModelSection(Section):
 
     bias: bool
     """Whether the linear layers of the blocks have biases."""
+
+    qkv_bias: bool | None = None
+    """Whether the projection to queries, keys and values has one (Qwen 2 has it there alone). null: as bias."""
 
     tied_head: bool
     """Whether the head's weight is the token embedding."""
@@ -127,6 +158,8 @@ class ModelSection(Section):
             )
         if self.heads % self.key_value_heads:
             raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}")
+        if self.positions == "learned" and self.rope_scaling is not None:
+            raise ValueError("rope_scaling is said, but positions are learned; remove it")
         if self.positions == "rope" and self.head_width % 2:
             raise ValueError(
                 f"rope turns pairs, and heads of width {self.head_width} are odd; change heads or set head_size"
@@ -142,12 +175,28 @@ class ModelSection(Section):
         return self.head_size if self.head_size is not None else self.hidden_size // self.heads
 
     @property
+    def has_qkv_bias(self) -> bool:
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
     def mlp_width(self) -> int:
         if self.mlp_size is not None:
             return self.mlp_size
         if self.activation == "gelu":
             return 4 * self.hidden_size
         return -(-8 * self.hidden_size // 48) * 16
+
+    def architecture(self) -> dict[str, Any]:
+        """What the trained weights and what they compute depend on, every default filled in: equal for two sections
+        exactly where the weights of one do the same in the other."""
+        values = self.model_dump(mode="json", exclude=_NO_ARCHITECTURE)
+        values |= {"kv_heads": self.key_value_heads, "head_size": self.head_width, "mlp_size": self.mlp_width}
+        values["qkv_bias"] = self.has_qkv_bias
+        if self.positions == "rope":
+            del values["max_positions"]  # a limit, and no weights
+        else:
+            del values["rope_theta"]
+        return values
 
     def padded_vocab_size(self, tensor_size: int = 1) -> int:
         """Rows of the embedding: vocab_size rounded up to vocab_multiple, then to a multiple of the tensor-parallel
@@ -165,6 +214,11 @@ class ModelSection(Section):
                     f"parallel.tensor: {tensor_size} does not divide model.{key} {size}; choose a divisor of both "
                     f"kv_heads {self.key_value_heads} and mlp_size {self.mlp_width}, or change the model"
                 )
+
+
+_NO_ARCHITECTURE = {
+    "shape", "family", "dropout", "init_std", "position_init_std", "scale_residual_init", "vocab_multiple",
+}  # fmt: skip
 
 
 class LossSection(Section):

@@ -31,7 +31,7 @@ def count_parameters(section: ModelSection) -> ParameterCounts:
     qkv = queries + 2 * section.key_value_heads * section.head_width
     ups = 2 if section.activation == "swiglu" else 1
     matrices = hidden * qkv + queries * hidden + (ups + 1) * hidden * inner
-    biases = (qkv + hidden + ups * inner + hidden) if section.bias else 0
+    biases = (hidden + ups * inner + hidden if section.bias else 0) + (qkv if section.has_qkv_bias else 0)
     norm = hidden * (2 if section.norm == "layernorm" else 1)
     block = matrices + biases + 2 * norm + (2 * section.head_width if section.qk_norm else 0)
     head = section.vocab_size * hidden

@@ -128,7 +128,7 @@ class Decoder(nn.Module):
         if self.section.positions == "learned":
             x = x + self.position_embedding(positions)
         else:
-            rotation = rotation_tables(positions, self.section.head_width, self.section.rope_theta, x.dtype)
+            rotation = rotation_tables(positions, self.section, x.dtype)
         mask = None if document_ids is None else document_mask(document_ids)
         if start > 0 and length > 1:  # several new tokens: each sees what is cached, and the new ones up to itself
             mask = tokens.new_ones((length, start + length), dtype=torch.bool).tril(start)[None, None]

@@ -220,7 +220,7 @@ def test_init_from_is_not_a_resume(tmp_path: Path) -> None:
     ):
         train(wrong)
     nowhere = other.model_copy(update={"train": other.train.model_copy(update={"init_from": "no/where"})})
-    with pytest.raises(HarnessError, match=r"train\.init_from: no/where: no run with a good checkpoint"):
+    with pytest.raises(HarnessError, match=r"train\.init_from: no/where: no such folder"):
         train(nowhere)
 
 

@@ -224,7 +224,7 @@ class Trap:
     def _watch_tensor_files(self) -> None:
         original = shard_writer.write_tensor_file
 
-        def watched(path: Path, tensors: Any, on_written: Callable[[int], None]) -> Any:
+        def watched(path: Path, tensors: Any, on_written: Callable[[int], None], fetch: Any) -> Any:
             pieces = 0
 
             def on_piece(size: int) -> None:
@@ -236,7 +236,7 @@ class Trap:
                     return on_written(size)
 
             with self.at("tensor file"):
-                return original(path, tensors, on_piece)
+                return original(path, tensors, on_piece, fetch)
 
         shard_writer.write_tensor_file = watched  # type: ignore[assignment]
 

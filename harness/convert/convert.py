@@ -1,0 +1,108 @@
+"""`harness convert`: a model from one format into another, tensor by tensor."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness import __version__
+from harness.config import HarnessError
+from harness.model import count_parameters
+
+from .formats import FORMATS, Format, open_source
+from .proof import Method, Proof, prove
+from .records import write_json
+from .source import ModelSource
+from .staging import check_free, staged
+
+RECORD = "conversion.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SPARE_BYTES = 64 << 20
+"""For what is not weights: tokenizer, manifests."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was done. `record` is what stands in the target's conversion.json."""
+
+    target: Path
+    record: dict[str, Any]
+    proof: Proof | None
+    """None where it was not asked for."""
+
+    def lines(self) -> list[str]:
+        """The conversion as it is printed."""
+        source, weights = self.record["source"], self.record["weights"]
+        size = sum(file["bytes"] for file in self.record["files"].values())
+        head = (
+            f"{source['path']} ({source['format']}) to {self.target} ({self.record['target']['format']}): "
+            f"{weights['parameters']:,} parameters in {weights['dtype']}, {size / 1e6:,.1f} MB"
+        )
+        return [head, *(self.proof.lines() if self.proof is not None else [f"not proven: {self.record['proof']}"])]
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    to: str | None = None,
+    step: int | None = None,
+    dtype: str | None = None,
+    proof: Method | None = "auto",
+) -> Conversion:
+    """Write the model of `source` into the new folder `target`, prove it, and only then give the folder its name.
+
+    to: "harness", "huggingface", ...; None: "huggingface" for a run of ours, "harness" for anything else.
+    step: which checkpoint of a run; None: the newest. dtype: of the target's weights, "float32", "bfloat16" or
+    "float16"; None: float32, which every source fits into. proof: None for none, which the target then says.
+    Raises HarnessError, naming file, key or tensor, before anything is written or with nothing left behind.
+    """
+    check_free(target)
+    opened = open_source(source, step=step)
+    chosen = _choose(to, opened)
+    kept = torch.float32 if dtype is None else DTYPES[dtype]
+    problems = opened.verify()
+    if problems:
+        raise HarnessError("\n".join(problems))
+    tokenizer, parameters = opened.tokenizer, count_parameters(opened.section).total
+    with staged(target) as folder:
+        _check_room(folder, target, parameters * kept.itemsize)
+        try:
+            files = chosen.write(folder, opened, kept)
+        except OSError as error:
+            raise HarnessError(
+                f"{target}: cannot be written: {error.strerror or error}; nothing is left of it"
+            ) from None
+        proven = None if proof is None else prove(opened, open_source(folder), proof)
+        record = {
+            "harness": __version__,
+            "source": opened.details,
+            "target": {"format": chosen.key},
+            "weights": {"parameters": parameters, "dtype": str(kept).removeprefix("torch.")},
+            "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
+            "files": {name: file.model_dump() for name, file in files.items()},
+            "proof": "none was asked for (--no-proof)" if proven is None else proven.as_json(),
+        }
+        write_json(folder / RECORD, record)
+    return Conversion(target, record, proven)
+
+
+def _choose(to: str | None, source: ModelSource) -> Format:
+    key = to if to is not None else ("huggingface" if source.format == "harness" else "harness")
+    found = {each.key: each for each in FORMATS}
+    if key not in found:
+        raise HarnessError(f"--to {key}: is none of {', '.join(found)}")
+    return found[key]
+
+
+def _check_room(folder: Path, target: Path, weights: int) -> None:
+    free, needed = shutil.disk_usage(folder).free, weights + _SPARE_BYTES
+    if free < needed:
+        raise HarnessError(
+            f"{target}: {needed / 1e6:,.1f} MB are needed there and {free / 1e6:,.1f} MB are free; make room, or "
+            f"choose another disk"
+        )

@@ -1,0 +1,56 @@
+"""The formats that are known: how each is recognised, opened and written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from harness.checkpoint import StoredFile
+from harness.config import HarnessError
+
+from .harness_run import RunSource, is_run, write_run
+from .huggingface import HuggingFaceSource, is_huggingface, write_huggingface
+from .source import ModelSource
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format that models are read from and written to."""
+
+    key: str
+    """What --to calls it."""
+    description: str
+    open: Callable[[Path], ModelSource]
+    recognise: Callable[[Path], bool]
+    write: Callable[[Path, ModelSource, torch.dtype], dict[str, StoredFile]]
+    """Into an empty folder, with weights in a dtype; sizes and digests of the files of weights."""
+
+
+FORMATS = (
+    Format("harness", "a run or checkpoint folder", RunSource, is_run, write_run),
+    Format("huggingface", "a Hugging Face folder", HuggingFaceSource, is_huggingface, write_huggingface),
+)
+
+
+def open_source(path: Path, *, step: int | None = None) -> ModelSource:
+    """The model in a folder, whatever wrote it. `step` chooses among a run's checkpoints.
+
+    Raises HarnessError where there is none that is known, or it is damaged.
+    """
+    if is_run(path):
+        return RunSource(path, step)
+    if not path.is_dir():
+        raise HarnessError(f"{path}: " + ("not a folder" if path.exists() else "no such folder") + _give())
+    found = next((each for each in FORMATS if each.recognise(path)), None)
+    if found is None:
+        raise HarnessError(f"{path}: no model that is known here" + _give())
+    if step is not None:
+        raise HarnessError(f"{path}: has no steps to choose from; leave step out")
+    return found.open(path)
+
+
+def _give() -> str:
+    return "; give " + ", ".join(each.description for each in FORMATS)

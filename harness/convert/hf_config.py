@@ -1,0 +1,328 @@
+"""config.json of a Hugging Face model and our `model` section, each made from the other.
+
+What the decoder cannot express is refused by the key that says it. Keys that no architecture here reads are left alone:
+transformers' code does not read them either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.config import HarnessError, validate
+from harness.model import ModelSection
+
+from .names import GPT2, LLAMA
+from .rules import Row
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One class of transformers' models that the decoder can express."""
+
+    name: str
+    """As `architectures` in config.json has it."""
+    model_type: str
+    rows: Sequence[Row]
+    read: Callable[[_Reader], dict[str, Any]]
+    """Values of our section; raises HarnessError."""
+    write: Callable[[ModelSection], dict[str, Any]]
+    needs: Mapping[str, Any]
+    """What `ModelSection.architecture` must say for a model of ours to be written as one: values, or functions of the
+    section that give them."""
+
+
+class _Reader:
+    """config.json with lines for what it should not say."""
+
+    def __init__(self, config: Config, label: str) -> None:
+        self.config, self.label = config, label
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = self.config.get(key)
+        return default if value is None else value
+
+    def require(self, key: str) -> Any:
+        if self.config.get(key) is None:
+            raise HarnessError(f"{self.label}: {key} is missing")
+        return self.config[key]
+
+    def expect(self, key: str, *allowed: Any, default: Any = None, why: str = "the decoder has no such thing") -> Any:
+        """The value at `key`, which must be one of `allowed`."""
+        value = self.get(key, default)
+        if value not in allowed or type(value) is not type(allowed[allowed.index(value)]):
+            raise HarnessError(f"{self.label}: {key} is {value!r}, and only {_listed(allowed)} can be read: {why}")
+        return value
+
+
+def read_config(config: Config, label: str) -> tuple[Architecture, ModelSection]:
+    """The architecture and our section of a config.json. Raises HarnessError, naming the key, where the decoder cannot
+    express the model."""
+    known = {each.name: each for each in ARCHITECTURES}
+    names = config.get("architectures") or [
+        each.name for each in ARCHITECTURES if each.model_type == config.get("model_type")
+    ]
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in known:
+        said = names[0] if isinstance(names, list) and names else f"model_type {config.get('model_type')!r}"
+        raise HarnessError(f"{label}: architectures: {said} cannot be read; these can: {', '.join(known)}")
+    architecture, reader = known[names[0]], _Reader(config, label)
+    if config.get("quantization_config") is not None:
+        raise HarnessError(f"{label}: quantization_config: quantized weights cannot be read; take the original model")
+    values = architecture.read(reader)
+    values |= {
+        "vocab_size": reader.require("vocab_size"),
+        "init_std": reader.get("initializer_range", 0.02),
+        "tied_head": reader.expect("tie_word_embeddings", True, False, default=architecture is _GPT2),
+    }
+    return architecture, validate(ModelSection, values, f"{label} as our model section")
+
+
+def write_config(section: ModelSection, dtype: str, eod: int | None) -> tuple[Architecture, dict[str, Any]]:
+    """The architecture of a section and its config.json, weights in `dtype` ("float32").
+
+    Raises HarnessError, naming the key, where transformers has no class for the model.
+    """
+    has, closest, problems = section.architecture(), "", [""] * 100
+    for architecture in ARCHITECTURES:
+        wanted = {key: value(section) if callable(value) else value for key, value in architecture.needs.items()}
+        wrong = [f"model.{key} {has[key]!r} for {value!r}" for key, value in wanted.items() if has[key] != value]
+        if not wrong:
+            break
+        if len(wrong) < len(problems):
+            closest, problems = architecture.name, wrong
+    else:
+        raise HarnessError(
+            f"no architecture of transformers that is known here expresses the model; {closest} comes closest, but it "
+            f"has {', '.join(problems)}"
+        )
+    shared = {
+        "architectures": [architecture.name],
+        "model_type": architecture.model_type,
+        "vocab_size": section.vocab_size,
+        "tie_word_embeddings": section.tied_head,
+        "initializer_range": section.init_std,
+        "torch_dtype": dtype,
+        "bos_token_id": eod,  # documents follow each other with one such token between them
+        "eos_token_id": eod,
+        "use_cache": True,
+    }
+    return architecture, shared | architecture.write(section)
+
+
+def _read_gpt2(config: _Reader) -> dict[str, Any]:
+    config.expect("activation_function", "gelu_new", "gelu_pytorch_tanh", default="gelu_new")
+    config.expect("scale_attn_weights", True, default=True)
+    config.expect("scale_attn_by_inverse_layer_idx", False, default=False)
+    config.expect("add_cross_attention", False, default=False)
+    drops = {config.get(key, 0.1) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    return {
+        "family": "gpt2",
+        "layers": config.require("n_layer"),
+        "hidden_size": config.require("n_embd"),
+        "heads": config.require("n_head"),
+        "mlp_size": config.get("n_inner"),
+        "max_positions": config.require("n_positions"),
+        "norm_epsilon": config.get("layer_norm_epsilon", 1e-5),
+        "dropout": drops.pop() if len(drops) == 1 else 0.0,  # only one rate here; a run says its own
+    }
+
+
+def _write_gpt2(section: ModelSection) -> dict[str, Any]:
+    return {
+        "n_layer": section.layers,
+        "n_embd": section.hidden_size,
+        "n_head": section.heads,
+        "n_inner": section.mlp_width,
+        "n_positions": section.max_positions,
+        "n_ctx": section.max_positions,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": section.norm_epsilon,
+        "resid_pdrop": section.dropout,
+        "embd_pdrop": section.dropout,
+        "attn_pdrop": section.dropout,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    }
+
+
+def _read_llama(config: _Reader) -> dict[str, Any]:
+    """What Llama, Mistral, Qwen 2 and Qwen 3 have in common."""
+    config.expect("hidden_act", "silu", default="silu")
+    return {
+        "family": "llama",
+        "layers": config.require("num_hidden_layers"),
+        "hidden_size": config.require("hidden_size"),
+        "heads": config.require("num_attention_heads"),
+        "kv_heads": config.get("num_key_value_heads"),
+        "head_size": config.get("head_dim"),
+        "mlp_size": config.require("intermediate_size"),
+        "max_positions": config.require("max_position_embeddings"),
+        "norm_epsilon": config.get("rms_norm_eps", 1e-6),
+        **_read_rope(config),
+    }
+
+
+def _read_rope(config: _Reader) -> dict[str, Any]:
+    """transformers 5 says all of it in rope_parameters, earlier ones in rope_theta and rope_scaling."""
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = config.get(key, {})
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {"rope_theta": theta}
+    if kind != "llama3":
+        raise HarnessError(
+            f"{config.label}: {key}.rope_type is {kind!r}, and only 'default' and 'llama3' can be read: the decoder "
+            f"has no other"
+        )
+    factors = {name: rope[name] for name in ("factor", "low_freq_factor", "high_freq_factor") if name in rope}
+    original = rope.get("original_max_position_embeddings")
+    return {"rope_theta": theta, "rope_scaling": {**factors, "original_max_positions": original}}
+
+
+def _read_plain_llama(config: _Reader) -> dict[str, Any]:
+    bias = config.expect("attention_bias", True, False, default=False)
+    config.expect("mlp_bias", bias, default=False, why="all linear layers have biases, or none has")
+    return _read_llama(config) | {"bias": bias}
+
+
+def _read_mistral(config: _Reader) -> dict[str, Any]:
+    _refuse_window(config)
+    return _read_llama(config)
+
+
+def _read_qwen2(config: _Reader) -> dict[str, Any]:
+    if config.get("use_sliding_window", False):
+        _refuse_window(config)
+    _refuse_layer_types(config)
+    return _read_llama(config) | {"qkv_bias": True}
+
+
+def _read_qwen3(config: _Reader) -> dict[str, Any]:
+    config.expect("attention_bias", False, default=False)
+    if config.get("use_sliding_window", False):
+        _refuse_window(config)
+    _refuse_layer_types(config)
+    return {"head_size": 128, **_drop_none(_read_llama(config)), "qk_norm": True}
+
+
+def _refuse_window(config: _Reader) -> None:
+    window, longest = config.get("sliding_window"), config.require("max_position_embeddings")
+    if window is not None and window < longest:
+        raise HarnessError(
+            f"{config.label}: sliding_window is {window}, less than max_position_embeddings {longest}: the decoder "
+            f"attends to all earlier tokens"
+        )
+
+
+def _refuse_layer_types(config: _Reader) -> None:
+    others = {kind for kind in config.get("layer_types", []) if kind != "full_attention"}
+    if others:
+        raise HarnessError(
+            f"{config.label}: layer_types has {_listed(sorted(others))}: only full_attention can be read"
+        )
+
+
+def _drop_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _write_llama(section: ModelSection) -> dict[str, Any]:
+    scaling = section.rope_scaling
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if scaling is not None:
+        rope = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        }
+    return {
+        "num_hidden_layers": section.layers,
+        "hidden_size": section.hidden_size,
+        "num_attention_heads": section.heads,
+        "num_key_value_heads": section.key_value_heads,
+        "head_dim": section.head_width,
+        "intermediate_size": section.mlp_width,
+        "max_position_embeddings": section.max_positions,
+        "rms_norm_eps": section.norm_epsilon,
+        "hidden_act": "silu",
+        "attention_bias": section.bias,
+        "attention_dropout": 0.0,
+        # Both for transformers 4, which knows no rope_parameters.
+        "rope_theta": section.rope_theta,
+        "rope_scaling": None if scaling is None else rope,
+        "rope_parameters": {**rope, "rope_theta": section.rope_theta},
+    }
+
+
+def _write_plain_llama(section: ModelSection) -> dict[str, Any]:
+    return _write_llama(section) | {"mlp_bias": section.bias}
+
+
+def _write_qwen(section: ModelSection) -> dict[str, Any]:
+    return _write_llama(section) | {"use_sliding_window": False, "sliding_window": None}
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return " or ".join(map(repr, values))
+
+
+_LLAMA_LIKE = {"positions": "rope", "norm": "rmsnorm", "activation": "swiglu", "logit_softcap": None}
+_GPT2 = Architecture(
+    "GPT2LMHeadModel",
+    "gpt2",
+    GPT2,
+    _read_gpt2,
+    _write_gpt2,
+    {
+        "positions": "learned",
+        "norm": "layernorm",
+        "activation": "gelu",
+        "logit_softcap": None,
+        "bias": True,
+        "qkv_bias": True,
+        "qk_norm": False,
+        "kv_heads": lambda section: section.heads,
+        "head_size": lambda section: section.hidden_size / section.heads,
+    },
+)
+_LLAMA = Architecture(
+    "LlamaForCausalLM",
+    "llama",
+    LLAMA,
+    _read_plain_llama,
+    _write_plain_llama,
+    {**_LLAMA_LIKE, "qkv_bias": lambda section: section.bias, "qk_norm": False},
+)
+_QWEN2 = Architecture(
+    "Qwen2ForCausalLM",
+    "qwen2",
+    LLAMA,
+    _read_qwen2,
+    _write_qwen,
+    {
+        **_LLAMA_LIKE,
+        "bias": False,
+        "qkv_bias": True,
+        "qk_norm": False,
+        "head_size": lambda section: section.hidden_size / section.heads,
+    },
+)
+_QWEN3 = Architecture(
+    "Qwen3ForCausalLM",
+    "qwen3",
+    LLAMA,
+    _read_qwen3,
+    _write_qwen,
+    {**_LLAMA_LIKE, "bias": False, "qkv_bias": False, "qk_norm": True},
+)
+# A model of ours that could be one is written as Llama, which it is while its window reaches over all its positions.
+_MISTRAL = Architecture(
+    "MistralForCausalLM", "mistral", LLAMA, _read_mistral, _write_plain_llama, {"norm": "none of ours"}
+)
+ARCHITECTURES = (_GPT2, _LLAMA, _QWEN2, _QWEN3, _MISTRAL)

@@ -1,0 +1,216 @@
+"""The proof of a conversion: the logits of source and result on the same tokens, in fp32.
+
+harness's decoder computes them one block at a time, so that the proof needs no more memory than the conversion. Where a
+folder of Hugging Face's is on either side, `transformers` itself computes them as well: it shares no code with the
+tables that converted the weights, so that a mistake which is made in both directions cannot hide.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from harness.config import HarnessError
+from harness.model import Decoder, LossSection, ModelSection, count_parameters
+from harness.parallel import Fragment
+
+from .source import ModelSource
+
+Method = Literal["auto", "transformers", "streamed"]
+TOKENS = 64
+LARGEST_POSITION = 2048
+TOLERANCE = 1e-4
+"""Of the largest logit, and no less than this: what fp32 arithmetic in another order may differ by."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Logits of the same tokens, computed twice."""
+
+    one: str
+    other: str
+    max_difference: float
+    largest_logit: float
+    top1_agreement: float
+    """Share of the tokens after which both find the same one most likely."""
+
+    @property
+    def holds(self) -> bool:
+        """Also false where a difference is no number."""
+        return self.max_difference <= TOLERANCE * max(1.0, self.largest_logit)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.one} and {self.other}: largest difference {self.max_difference:.3g} "
+            f"(logits up to {self.largest_logit:.3g}), top-1 agreement {100 * self.top1_agreement:.2f} %"
+        )
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared, and what came out."""
+
+    tokens: int
+    comparisons: list[Comparison]
+    rounding: Comparison | None
+    """Where the result's weights are rounded: how far that took its logits from the source's. It proves nothing."""
+    left_out: str | None
+    """Why `transformers` was not asked; None where it was, or where neither side is a folder of its kind."""
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The proof as it is printed."""
+        lines = [f"logits of {self.tokens} tokens in fp32", *(f"  {each}" for each in self.comparisons)]
+        if self.rounding is not None:
+            lines.append(f"  rounding: {self.rounding}")
+        if self.left_out is not None:
+            lines.append(f"  transformers was not asked: {self.left_out}")
+        return lines
+
+
+def prove(source: ModelSource, result: ModelSource, method: Method) -> Proof:
+    """Compare the logits of `source` with those of `result`, which was made of it and read back.
+
+    Raises HarnessError where they are not the same, or where transformers is asked for by name and cannot be had.
+    """
+    rounded = result.dtype if result.dtype != torch.float32 else None
+    tokens, positions = _proof_tokens(source.section)
+    ours = streamed_logits(source, tokens, positions, rounded_to=rounded)
+    named = "source" if rounded is None else f"source rounded to {str(rounded).removeprefix('torch.')}"
+    comparisons = [_compare(named, ours, "result", streamed_logits(result, tokens, positions))]
+    rounding = None
+    if rounded is not None:
+        rounding = _compare("source", streamed_logits(source, tokens, positions), "result", ours)
+    left_out, folders = None, [each for each in (source, result) if each.format == "Hugging Face"]
+    if folders:
+        left_out = None if method == "transformers" else _why_not_transformers(source.section, method)
+    for each in folders if left_out is None else []:
+        name = "source" if each is source else "result"
+        unrounded = streamed_logits(each, tokens, positions) if each is source and rounded is not None else ours
+        theirs = transformers_logits(each.path, tokens, positions)
+        comparisons.append(_compare(name, unrounded, f"{name} in transformers", theirs))
+    proof = Proof(tokens.numel(), comparisons, rounding, left_out)
+    for comparison in comparisons:
+        if not comparison.holds:
+            raise HarnessError(f"{source.path}: the result is not the same model, and is not kept: {comparison}")
+    return proof
+
+
+def streamed_logits(
+    source: ModelSource, tokens: Tensor, positions: Tensor, *, rounded_to: torch.dtype | None = None
+) -> Tensor:
+    """fp32 logits (batch, sequence, vocab_size) by harness's decoder, of int64 tokens and positions (batch, sequence).
+
+    Each part of the model is read when its turn comes and let go after it, so no more than the largest is held.
+    `rounded_to`: weights are rounded to this dtype first.
+    """
+    section = source.section.model_copy(update={"vocab_multiple": 1, "dropout": 0.0})
+    with torch.device("meta"):
+        model = Decoder(section, LossSection()).eval()
+    shapes = {name: place.global_shape for name, place in model.placements().items()}
+
+    def load(part: nn.Module, prefix: str) -> None:
+        part.to_empty(device="cpu")
+        fragments = []
+        for name, weight in part.named_parameters(prefix):
+            ours = "token_embedding.weight" if name == "head.weight" and section.tied_head else name
+            fragments.append(Fragment(ours, "master", shapes[ours], (0,) * weight.dim(), weight.detach()))
+        source.read(fragments)
+        if rounded_to is not None:
+            for fragment in fragments:
+                fragment.tensor.copy_(fragment.tensor.to(rounded_to))
+
+    for prefix, part in model.parts():
+        if part is not model.head:
+            part.register_forward_pre_hook(_before(load, prefix))
+            part.register_forward_hook(_after)
+    with torch.inference_mode():
+        hidden = model.hidden_states(tokens, positions)
+        load(model.head, "head")
+        return model.head.logits(hidden)
+
+
+def _before(load: Callable[[nn.Module, str], None], prefix: str) -> Callable[..., None]:
+    return lambda part, _inputs: load(part, prefix)
+
+
+def _after(part: nn.Module, _inputs: object, _output: object) -> None:
+    part.to("meta")
+
+
+def transformers_logits(folder: Path, tokens: Tensor, positions: Tensor) -> Tensor:
+    """The same by the stock `transformers` model of a folder, which is held whole."""
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+    except ImportError:
+        raise HarnessError("transformers is not installed: pip install transformers, or --proof streamed") from None
+    with _quiet(logging), torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+        # A mask is given, or positions with gaps would be taken for several sequences.
+        output = model.eval()(tokens, attention_mask=torch.ones_like(tokens), position_ids=positions)
+    logits: Tensor = output.logits
+    return logits.float()
+
+
+@contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """Without the library's messages and progress bars."""
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _proof_tokens(section: ModelSection) -> tuple[Tensor, Tensor]:
+    """Tokens over the whole vocabulary, at positions over all that learned tables have, (1, TOKENS) each."""
+    assert section.vocab_size is not None
+    generator = torch.Generator().manual_seed(0)
+    limit = section.max_positions or LARGEST_POSITION
+    if section.positions == "rope":  # far out, angles are large and the rounding of a frequency shows
+        limit = min(limit, LARGEST_POSITION)
+    count = min(TOKENS, limit)
+    tokens = torch.randint(section.vocab_size, (1, count), generator=generator)
+    tokens[0, -1] = section.vocab_size - 1
+    return tokens, torch.linspace(0, limit - 1, count).round().long()[None]
+
+
+def _compare(one: str, logits: Tensor, other: str, others: Tensor) -> Comparison:
+    if logits.shape != others.shape:
+        raise HarnessError(f"logits of {one} are {tuple(logits.shape)}, of {other} {tuple(others.shape)}")
+    return Comparison(
+        one,
+        other,
+        max_difference=(logits - others).abs().max().item(),
+        largest_logit=logits.abs().max().item(),
+        top1_agreement=(logits.argmax(-1) == others.argmax(-1)).double().mean().item(),
+    )
+
+
+def _why_not_transformers(section: ModelSection, method: Method) -> str | None:
+    """None where it can be asked: it is there, and holds the model in half of the memory that is free."""
+    if method == "streamed":
+        return "--proof streamed"
+    if find_spec("transformers") is None:
+        return "it is not installed (pip install transformers)"
+    needed, free = 4 * count_parameters(section).total, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > free / 2:
+        return f"it would hold {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free; --proof transformers does"
+    return None
