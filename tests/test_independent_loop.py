@@ -24,13 +24,16 @@ FAMILIES = {
 }
 
 
-def independent_loop(settings: Settings) -> list[tuple[float, float, float]]:
-    """(loss, gradient norm, learning rate) of every step, from transformers' model, torch's AdamW and full logits."""
+def independent_loop(settings: Settings, model: nn.Module | None = None) -> list[tuple[float, float, float]]:
+    """(loss, gradient norm, learning rate) of every step, from transformers' model (the settings' own, or `model`),
+    torch's AdamW and full logits."""
     options, peak, steps, warmup = settings.optimizer, settings.optimizer.learning_rate, settings.train.steps, 5
     with ParallelLayout(settings.parallel):
         prepared = prepare(settings.data)
-        section = settings.resolved(prepared.tokenizer.vocab_size).model
-        model = reference_model(section, build_decoder(section, seed=settings.train.seed)).train()
+        if model is None:
+            section = settings.resolved(prepared.tokenizer.vocab_size).model
+            model = reference_model(section, build_decoder(section, seed=settings.train.seed))
+        model.train()
         decayed = [weight for weight in model.parameters() if weight.dim() > 1]
         plain = [weight for weight in model.parameters() if weight.dim() == 1]
         optimizer = torch.optim.AdamW(

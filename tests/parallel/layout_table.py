@@ -144,14 +144,20 @@ def pairs(case: Case) -> list[tuple[tuple[str, object], ...]]:
     return list(combinations(values, 2))
 
 
-def launch(world_size: int, jobs: list[dict[str, Any]], folder: Path, timeout_seconds: float = 900) -> None:
+def launch(
+    world_size: int,
+    jobs: list[dict[str, Any]],
+    folder: Path,
+    timeout_seconds: float = 900,
+    worker: Path = Path(__file__).with_name("layout_worker.py"),
+) -> None:
     """Run jobs (layout_worker.py) in one group of processes; AssertionError with their output where one fails."""
     file = folder / f"jobs-{world_size}-{time.monotonic_ns()}.json"
     file.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, str(Path(__file__).with_name("layout_worker.py")), str(file)],
+        [*command, str(worker), str(file)],
         env=environment,
         cwd=ROOT,
         capture_output=True,
