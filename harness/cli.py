@@ -37,10 +37,16 @@ CHECKPOINT_ACTIONS = {
 
 
 def config(target: str, overrides: Sequence[str]) -> None:
-    """print the resolved configuration, every key under its documentation"""
+    """print the resolved configuration, every key documented; of a Hugging Face folder the model section"""
     from harness.config import dump_yaml
 
-    print(dump_yaml(load_settings(target, overrides)), end="")
+    path = Path(target)
+    if path.is_dir() and _configured(path) is None:
+        from harness.model_folder import ModelOnly
+
+        print(dump_yaml(ModelOnly.of(path), comments=False), end="")
+    else:
+        print(dump_yaml(load_settings(target, overrides)), end="")
 
 
 def tokenize(target: str, overrides: Sequence[str]) -> None:
@@ -95,12 +101,16 @@ def convert(
     dtype: str | None = None,
     proof: str = "auto",
     no_proof: bool = False,
+    model: str | None = None,
 ) -> None:
     """a model from one format into another, with a proof that it is the same"""
     from harness.convert import convert as run
+    from harness.model_folder import ModelOnly
 
     method: Any = None if no_proof else proof
-    print("\n".join(run(Path(source), Path(target), to=to, step=step, dtype=dtype, proof=method).lines()))
+    section = None if model is None else ModelOnly.read(config_file(model))
+    done = run(Path(source), Path(target), to=to, step=step, dtype=dtype, proof=method, section=section)
+    print("\n".join(done.lines()))
 
 
 def checkpoint(
@@ -263,7 +273,7 @@ def build_parser() -> argparse.ArgumentParser:
         elif verb is convert:
             _add_conversion(command)
         elif verb is not doctor:
-            also = ", a Hugging Face folder" if verb in (evaluate, generate) else ""
+            also = ", a Hugging Face folder" if verb in (evaluate, generate, config) else ""
             _add_target(
                 command, f"a YAML file, a run folder{also}, or the name of an embedded configuration: quickstart"
             )
@@ -303,6 +313,9 @@ def _add_conversion(command: argparse.ArgumentParser) -> None:
         default="auto",
         help="who computes the logits: harness's decoder part by part, and transformers, which holds the whole model; "
         "auto: both, where transformers is installed and memory allows",
+    )
+    command.add_argument(
+        "--model", metavar="FILE", help="a YAML file or run folder whose model section the source's is, if it says none"
     )
     command.add_argument("--no-proof", action="store_true", help="compare no logits; the target then says so")
 

@@ -10,6 +10,7 @@ from harness.config import ConfigError, Section, load_config, read_yaml
 from harness.convert import ModelSource, open_source
 from harness.data import DataSection
 from harness.evaluate import EvaluateSection, GenerateSection
+from harness.model import ModelSection
 from harness.parallel import ParallelSection
 
 
@@ -26,19 +27,40 @@ class ModelFolderSettings(Section):
     """`harness generate`."""
 
 
+class ModelOnly(Section):
+    """The part of a run's configuration that begins with a folder's weights which the folder decides."""
+
+    model: ModelSection
+    """The decoder."""
+
+    @classmethod
+    def of(cls, folder: Path) -> ModelOnly:
+        """The section of the model in a folder. Raises HarnessError where there is none."""
+        return cls(model=open_source(folder).section)
+
+    @classmethod
+    def read(cls, file: Path) -> ModelSection:
+        """The `model` section of a YAML file. Raises ConfigError."""
+        return load_config(cls, {"model": _section(file, "model")}, label=str(file)).model
+
+
 def load_model_folder(target: Path, overrides: Sequence[str], data_from: Path | None) -> ModelFolderSettings:
     """The settings for a Hugging Face folder, or another without config.yaml. `data_from`: a YAML file whose `data`
     section is meant. Raises HarnessError, also where the folder has no model."""
     source = open_source(target)  # first, so that a wrong folder is what is said
     values: dict[str, Any] = {}
     if data_from is not None:
-        section = read_yaml(data_from, str(data_from)).get("data")
-        if not isinstance(section, dict):
-            raise ConfigError(f"{data_from}: has no `data` section")
-        values["data"] = section
+        values["data"] = _section(data_from, "data")
     if data_from is not None or any(override.lstrip().startswith("data.") for override in overrides):
         values.setdefault("data", {})["tokenizer"] = _tokenizer_values(source)
     return load_config(ModelFolderSettings, values, overrides, label=str(data_from or target))
+
+
+def _section(file: Path, name: str) -> dict[str, Any]:
+    values = read_yaml(file, str(file)).get(name)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: has no `{name}` section")
+    return values
 
 
 def _tokenizer_values(source: ModelSource) -> dict[str, Any]:

@@ -142,7 +142,10 @@ def load_weights(
     if not _same_tokenizer(source, tokenizer):
         refused.append("data.tokenizer: another tokenizer")
     if refused:
-        raise HarnessError(f"train.init_from: {where}: its weights do not fit ({'; '.join(refused)})")
+        raise HarnessError(
+            f"train.init_from: {where}: its weights do not fit ({'; '.join(refused)}); `harness "
+            f"config {where}` prints the model section that does"
+        )
     source.read([fragment for fragment in engine.fragments() if fragment.kind == "master"])
     engine.refresh_weights()
     return {"init_from": str(source.path)}

@@ -11,7 +11,7 @@ import torch
 
 from harness import __version__
 from harness.config import HarnessError
-from harness.model import count_parameters
+from harness.model import ModelSection, count_parameters
 
 from .formats import FORMATS, Format, open_source
 from .proof import Method, Proof, prove
@@ -53,16 +53,18 @@ def convert(
     step: int | None = None,
     dtype: str | None = None,
     proof: Method | None = "auto",
+    section: ModelSection | None = None,
 ) -> Conversion:
     """Write the model of `source` into the new folder `target`, prove it, and only then give the folder its name.
 
     to: "harness", "huggingface", ...; None: "huggingface" for a run of ours, "harness" for anything else.
     step: which checkpoint of a run; None: the newest. dtype: of the target's weights, "float32", "bfloat16" or
-    "float16"; None: float32, which every source fits into. proof: None for none, which the target then says.
+    "float16"; None: float32, which every source fits into. proof: None for none, which the target then says. section:
+    what the source's model is, where the source does not say it (Megatron-core's).
     Raises HarnessError, naming file, key or tensor, before anything is written or with nothing left behind.
     """
     check_free(target)
-    opened = open_source(source, step=step)
+    opened = open_source(source, step=step, section=section)
     chosen = _choose(to, opened)
     kept = torch.float32 if dtype is None else DTYPES[dtype]
     problems = opened.verify()

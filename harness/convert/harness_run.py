@@ -60,7 +60,7 @@ class RunSource(ModelSource):
         self.state = self._manifest.state
         settings: Any = self.state["settings"]
         self.section = validate(ModelSection, settings["model"], f"{self.path}: model")
-        self.sequence_length: int | None = settings.get("data", {}).get("sequence_length")
+        self.sequence_length = settings.get("data", {}).get("sequence_length")
         self.tokenizer_fingerprint: str | None = self.state["tokenizer"]  # type: ignore[assignment]
 
     def read(self, fragments: Sequence[Fragment]) -> None:

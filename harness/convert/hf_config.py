@@ -14,6 +14,7 @@ from harness.config import HarnessError, validate
 from harness.model import ModelSection
 
 from .names import GPT2, LLAMA
+from .records import Fields, listed
 from .rules import Row
 
 Config = Mapping[str, Any]
@@ -27,35 +28,12 @@ class Architecture:
     """As `architectures` in config.json has it."""
     model_type: str
     rows: Sequence[Row]
-    read: Callable[[_Reader], dict[str, Any]]
+    read: Callable[[Fields], dict[str, Any]]
     """Values of our section; raises HarnessError."""
     write: Callable[[ModelSection], dict[str, Any]]
     needs: Mapping[str, Any]
     """What `ModelSection.architecture` must say for a model of ours to be written as one: values, or functions of the
     section that give them."""
-
-
-class _Reader:
-    """config.json with lines for what it should not say."""
-
-    def __init__(self, config: Config, label: str) -> None:
-        self.config, self.label = config, label
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = self.config.get(key)
-        return default if value is None else value
-
-    def require(self, key: str) -> Any:
-        if self.config.get(key) is None:
-            raise HarnessError(f"{self.label}: {key} is missing")
-        return self.config[key]
-
-    def expect(self, key: str, *allowed: Any, default: Any = None, why: str = "the decoder has no such thing") -> Any:
-        """The value at `key`, which must be one of `allowed`."""
-        value = self.get(key, default)
-        if value not in allowed or type(value) is not type(allowed[allowed.index(value)]):
-            raise HarnessError(f"{self.label}: {key} is {value!r}, and only {_listed(allowed)} can be read: {why}")
-        return value
 
 
 def read_config(config: Config, label: str) -> tuple[Architecture, ModelSection]:
@@ -68,7 +46,7 @@ def read_config(config: Config, label: str) -> tuple[Architecture, ModelSection]
     if not isinstance(names, list) or len(names) != 1 or names[0] not in known:
         said = names[0] if isinstance(names, list) and names else f"model_type {config.get('model_type')!r}"
         raise HarnessError(f"{label}: architectures: {said} cannot be read; these can: {', '.join(known)}")
-    architecture, reader = known[names[0]], _Reader(config, label)
+    architecture, reader = known[names[0]], Fields(config, label)
     if config.get("quantization_config") is not None:
         raise HarnessError(f"{label}: quantization_config: quantized weights cannot be read; take the original model")
     values = architecture.read(reader)
@@ -112,7 +90,7 @@ def write_config(section: ModelSection, dtype: str, eod: int | None) -> tuple[Ar
     return architecture, shared | architecture.write(section)
 
 
-def _read_gpt2(config: _Reader) -> dict[str, Any]:
+def _read_gpt2(config: Fields) -> dict[str, Any]:
     config.expect("activation_function", "gelu_new", "gelu_pytorch_tanh", default="gelu_new")
     config.expect("scale_attn_weights", True, default=True)
     config.expect("scale_attn_by_inverse_layer_idx", False, default=False)
@@ -148,7 +126,7 @@ def _write_gpt2(section: ModelSection) -> dict[str, Any]:
     }
 
 
-def _read_llama(config: _Reader) -> dict[str, Any]:
+def _read_llama(config: Fields) -> dict[str, Any]:
     """What Llama, Mistral, Qwen 2 and Qwen 3 have in common."""
     config.expect("hidden_act", "silu", default="silu")
     return {
@@ -165,7 +143,7 @@ def _read_llama(config: _Reader) -> dict[str, Any]:
     }
 
 
-def _read_rope(config: _Reader) -> dict[str, Any]:
+def _read_rope(config: Fields) -> dict[str, Any]:
     """transformers 5 says all of it in rope_parameters, earlier ones in rope_theta and rope_scaling."""
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     rope = config.get(key, {})
@@ -183,25 +161,25 @@ def _read_rope(config: _Reader) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": {**factors, "original_max_positions": original}}
 
 
-def _read_plain_llama(config: _Reader) -> dict[str, Any]:
+def _read_plain_llama(config: Fields) -> dict[str, Any]:
     bias = config.expect("attention_bias", True, False, default=False)
     config.expect("mlp_bias", bias, default=False, why="all linear layers have biases, or none has")
     return _read_llama(config) | {"bias": bias}
 
 
-def _read_mistral(config: _Reader) -> dict[str, Any]:
+def _read_mistral(config: Fields) -> dict[str, Any]:
     _refuse_window(config)
     return _read_llama(config)
 
 
-def _read_qwen2(config: _Reader) -> dict[str, Any]:
+def _read_qwen2(config: Fields) -> dict[str, Any]:
     if config.get("use_sliding_window", False):
         _refuse_window(config)
     _refuse_layer_types(config)
     return _read_llama(config) | {"qkv_bias": True}
 
 
-def _read_qwen3(config: _Reader) -> dict[str, Any]:
+def _read_qwen3(config: Fields) -> dict[str, Any]:
     config.expect("attention_bias", False, default=False)
     if config.get("use_sliding_window", False):
         _refuse_window(config)
@@ -209,7 +187,7 @@ def _read_qwen3(config: _Reader) -> dict[str, Any]:
     return {"head_size": 128, **_drop_none(_read_llama(config)), "qk_norm": True}
 
 
-def _refuse_window(config: _Reader) -> None:
+def _refuse_window(config: Fields) -> None:
     window, longest = config.get("sliding_window"), config.require("max_position_embeddings")
     if window is not None and window < longest:
         raise HarnessError(
@@ -218,12 +196,10 @@ def _refuse_window(config: _Reader) -> None:
         )
 
 
-def _refuse_layer_types(config: _Reader) -> None:
+def _refuse_layer_types(config: Fields) -> None:
     others = {kind for kind in config.get("layer_types", []) if kind != "full_attention"}
     if others:
-        raise HarnessError(
-            f"{config.label}: layer_types has {_listed(sorted(others))}: only full_attention can be read"
-        )
+        raise HarnessError(f"{config.label}: layer_types has {listed(sorted(others))}: only full_attention can be read")
 
 
 def _drop_none(values: dict[str, Any]) -> dict[str, Any]:
@@ -266,10 +242,6 @@ def _write_plain_llama(section: ModelSection) -> dict[str, Any]:
 
 def _write_qwen(section: ModelSection) -> dict[str, Any]:
     return _write_llama(section) | {"use_sliding_window": False, "sliding_window": None}
-
-
-def _listed(values: Sequence[Any]) -> str:
-    return " or ".join(map(repr, values))
 
 
 _LLAMA_LIKE = {"positions": "rope", "norm": "rmsnorm", "activation": "swiglu", "logit_softcap": None}

@@ -128,7 +128,7 @@ def write_huggingface(
 
     Raises HarnessError where transformers cannot express the model.
     """
-    section, tokenizer = source.section, source.tokenizer
+    section, tokenizer = source.section.model_copy(update={"max_positions": source.longest}), source.tokenizer
     eod = None if tokenizer is None else tokenizer.eod
     architecture, config = write_config(section, str(dtype).removeprefix("torch."), eod)
     links = link_names(architecture.rows, section, decoder_shapes(section))

@@ -8,6 +8,7 @@ tables that converted the weights, so that a mistake which is made in both direc
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -111,7 +112,8 @@ def streamed_logits(
 ) -> Tensor:
     """fp32 logits (batch, sequence, vocab_size) by harness's decoder, of int64 tokens and positions (batch, sequence).
 
-    Each part of the model is read when its turn comes and let go after it, so no more than the largest is held.
+    Each part of the model is read when its turn comes, into the memory of those before it: all that is held is one
+    part of each shape, such as a block and the embedding.
     `rounded_to`: weights are rounded to this dtype first.
     """
     section = source.section.model_copy(update={"vocab_multiple": 1, "dropout": 0.0})
@@ -119,12 +121,24 @@ def streamed_logits(
         model = Decoder(section, LossSection()).eval()
     shapes = {name: place.global_shape for name, place in model.placements().items()}
 
+    memory: dict[tuple[tuple[int, ...], int], Tensor] = {}
+
     def load(part: nn.Module, prefix: str) -> None:
-        part.to_empty(device="cpu")
+        """Into the memory of an earlier part where shapes agree: what malloc is given back it does not always reuse."""
+        used: Counter[tuple[int, ...]] = Counter()
         fragments = []
-        for name, weight in part.named_parameters(prefix):
-            ours = "token_embedding.weight" if name == "head.weight" and section.tied_head else name
-            fragments.append(Fragment(ours, "master", shapes[ours], (0,) * weight.dim(), weight.detach()))
+        for name, weight in [*part.named_parameters()]:
+            shape = tuple(weight.shape)
+            key = shape, used[shape]
+            if key not in memory:
+                memory[key] = torch.empty(shape)
+            place = memory[key]
+            used[shape] += 1
+            owner, _, last = name.rpartition(".")
+            setattr(part.get_submodule(owner), last, nn.Parameter(place, requires_grad=False))
+            tied = prefix == "head" and section.tied_head
+            ours = "token_embedding.weight" if tied else f"{prefix}.{name}"
+            fragments.append(Fragment(ours, "master", shapes[ours], (0,) * len(shape), place))
         source.read(fragments)
         if rounded_to is not None:
             for fragment in fragments:
@@ -133,7 +147,6 @@ def streamed_logits(
     for prefix, part in model.parts():
         if part is not model.head:
             part.register_forward_pre_hook(_before(load, prefix))
-            part.register_forward_hook(_after)
     with torch.inference_mode():
         hidden = model.hidden_states(tokens, positions)
         load(model.head, "head")
@@ -142,10 +155,6 @@ def streamed_logits(
 
 def _before(load: Callable[[nn.Module, str], None], prefix: str) -> Callable[..., None]:
     return lambda part, _inputs: load(part, prefix)
-
-
-def _after(part: nn.Module, _inputs: object, _output: object) -> None:
-    part.to("meta")
 
 
 def transformers_logits(folder: Path, tokens: Tensor, positions: Tensor) -> Tensor:

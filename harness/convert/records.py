@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,45 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise HarnessError(f"{file}: is not a mapping of keys to values")
     return values
+
+
+class Fields:
+    """A configuration that another program wrote, with a line for what it should not say."""
+
+    def __init__(self, config: Mapping[str, Any], label: str) -> None:
+        self.config, self.label = config, label
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """What is not said, or null, is the default."""
+        value = self.config.get(key)
+        return default if value is None else value
+
+    def require(self, key: str) -> Any:
+        if self.config.get(key) is None:
+            raise HarnessError(f"{self.label}: {key} is missing")
+        return self.config[key]
+
+    def number(self, key: str, default: float | None = None) -> Any:
+        """A number; without a default it must be there."""
+        value = self.require(key) if default is None else self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.refusal(key, "and not a number")
+        return value
+
+    def expect(self, key: str, *allowed: Any, default: Any = None, why: str = "the decoder has no such thing") -> Any:
+        """The value at `key`, which must be one of `allowed`; True is not 1."""
+        value = self.get(key, default)
+        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
+            raise self.refusal(key, f"and only {listed(allowed)} can be read: {why}")
+        return value
+
+    def refusal(self, key: str, why: str) -> HarnessError:
+        return HarnessError(f"{self.label}: {key} is {self.config.get(key)!r}, {why}")
+
+
+def listed(values: Sequence[Any]) -> str:
+    """ "'a' or 'b'"."""
+    return " or ".join(map(repr, values))
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:

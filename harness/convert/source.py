@@ -22,6 +22,8 @@ from .links import Links
 
 READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What becomes an fp32 master weight without rounding."""
+UNLIMITED_POSITIONS = 2048
+"""Of a model whose limit nothing says."""
 
 
 class ModelSource(ABC):
@@ -35,6 +37,8 @@ class ModelSource(ABC):
     """With vocab_size and, for learned positions, max_positions resolved."""
     dtype: torch.dtype = torch.float32
     """What its weights are stored in."""
+    sequence_length: int | None = None
+    """Of its training, where that is known."""
 
     @abstractmethod
     def read(self, fragments: Sequence[Fragment]) -> None:
@@ -45,6 +49,12 @@ class ModelSource(ABC):
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that lies beside the weights; None where there is none. Raises HarnessError where it is no
         good."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, for formats that must name one: where the model has no limit, what it was
+        trained with."""
+        return self.section.max_positions or self.sequence_length or UNLIMITED_POSITIONS
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -99,6 +109,14 @@ class LinkedSource(ModelSource):
                 )
 
     def read(self, fragments: Sequence[Fragment]) -> None:
+        wanted = self.find(fragments)
+        with ExitStack() as stack:
+            files = {file: stack.enter_context(TensorFile(file)) for file in {self.files[name] for name in wanted}}
+            for name, parts in wanted.items():
+                files[self.files[name]].read(name, parts)
+
+    def find(self, fragments: Sequence[Fragment]) -> dict[str, list[tuple[Box, Tensor]]]:
+        """Of which boxes of their tensors the fragments are made, each with the view that it goes into."""
         wanted: dict[str, list[tuple[Box, Tensor]]] = defaultdict(list)
         for fragment in fragments:
             box = Box(tuple(fragment.offsets), tuple(fragment.tensor.shape))
@@ -108,10 +126,7 @@ class LinkedSource(ModelSource):
                 if common is not None:
                     target = fragment.tensor.detach()[common.slices_in(box)]
                     wanted[link.theirs].append((link.translate(common), link.as_theirs(target)))
-        with ExitStack() as stack:
-            files = {file: stack.enter_context(TensorFile(file)) for file in {self.files[name] for name in wanted}}
-            for name, parts in wanted.items():
-                files[self.files[name]].read(name, parts)
+        return wanted
 
     def _check_shape(self, fragment: Fragment) -> None:
         shape = self.links.our_shapes.get(fragment.name)

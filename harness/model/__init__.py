@@ -6,7 +6,7 @@ first; sites.py names the places that other rooms replace or switch.
 
 from .attention import KeyValueCache
 from .build import build_decoder, initialise_masters
-from .config import LossSection, ModelSection
+from .config import LossSection, ModelSection, RopeScalingSection
 from .counts import ParameterCounts, count_parameters, flops_per_token
 from .decoder import Decoder
 from .shapes import SHAPES
@@ -20,6 +20,7 @@ __all__ = [
     "ModelSection",
     "NormSite",
     "ParameterCounts",
+    "RopeScalingSection",
     "Tap",
     "build_decoder",
     "count_parameters",

