@@ -51,7 +51,8 @@ def complete(
     tokens = torch.tensor([prompt], device=device)
     new: list[int] = []
     while len(new) < section.max_tokens and caches[0].length + tokens.shape[1] <= capacity:
-        token = choose(model.logits(tokens, caches)[0, -1].cpu(), section, generator)
+        logits = model.logits(tokens, caches)[0, -1, : tokenizer.vocab_size]  # beyond are rows that stand for no token
+        token = choose(logits.cpu(), section, generator)
         token = agree(token) if agree is not None else token
         if token == tokenizer.eod:
             break
