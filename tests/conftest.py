@@ -10,6 +10,13 @@ import pytest
 TESTS = Path(__file__).parent
 TOGETHER = {TESTS / "launch"}
 """Folders whose files share fixtures of the session that are expensive."""
+LONGEST = (
+    TESTS / "launch",
+    *(TESTS / "parallel" / f"test_{name}.py" for name in ("layouts", "resume_layouts", "ranks", "decisions")),
+    TESTS / "convert",
+    TESTS / "kernels" / "test_vocab_parallel.py",
+)
+"""What takes minutes; begun last, it would be waited for with the other processes idle."""
 
 
 # Before the kernels are first imported: Triton runs them in its interpreter, on the CPU. What is asked for by no name
@@ -21,7 +28,10 @@ if WORKERS > 1:  # before torch is imported; the processes that tests start get 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests, or a folder's, run in one process, whose fixtures they share; the longest begin first."""
     for item in items:
         place = item.path.parent if item.path.parent in TOGETHER else item.path
         item.add_marker(pytest.mark.xdist_group(str(place.relative_to(TESTS))))
+    items.sort(key=lambda item: min(n for n, place in enumerate((*LONGEST, TESTS)) if item.path.is_relative_to(place)))
