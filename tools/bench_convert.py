@@ -111,7 +111,8 @@ def main() -> None:
         row["within_limit"] = row["above_imports_bytes"] <= limit
         print(f"{name}: {row['above_imports_bytes'] / 2**20:,.0f} MiB above imports, {row['seconds']:.0f} s")
     result = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": f"python tools/bench_convert.py --shape {options.shape} --vocab {options.vocab} --folder FOLDER"
+        + (" --peer" if options.peer else ""),
         "when": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
