@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/harness train quickstart
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 	$(MAKE) lint
 
 lint: $(VENV)/.installed-dev
