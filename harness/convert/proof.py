@@ -87,6 +87,11 @@ def prove(source: ModelSource, result: ModelSource, method: Method) -> Proof:
     rounded = result.dtype if result.dtype != torch.float32 else None
     tokens, positions = _proof_tokens(source.section)
     ours = streamed_logits(source, tokens, positions, rounded_to=rounded)
+    if not ours.isfinite().all():
+        raise HarnessError(
+            f"{source.path}: its logits are not all numbers, so that nothing can be proven of it: look at its weights; "
+            f"--no-proof converts it as it is"
+        )
     named = "source" if rounded is None else f"source rounded to {str(rounded).removeprefix('torch.')}"
     comparisons = [_compare(named, ours, "result", streamed_logits(result, tokens, positions))]
     rounding = None

@@ -68,6 +68,9 @@ def test_no_more_is_read_than_asked_for(tmp_path: Path, monkeypatch: pytest.Monk
         read = 0
         file.read("w", [(Box((0, 8 * part), (64, 8)), torch.empty(64, 8)) for part in range(4)])
         assert read == 64 * 32 * 4, "all columns, once"
+        read = 0
+        file.read("w", [(Box((0, 31 * part), (64, 1)), torch.empty(64, 1)) for part in range(2)])
+        assert read == 64 * 2 * 4, "the first and the last, and nothing between"
 
 
 def test_truncated_or_foreign_files_are_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from harness.config import plain
 from harness.convert import convert, open_source
 from harness.settings import Settings
 from harness.train import train
-from tests.convert.library import save_library_model
+from tests.convert.library import library_model, save_library_model
 from tests.convert.refusals import refusal
 from tests.parallel.layout_table import EVERYTHING_DIVIDED, launch
 from tests.small_run import small_settings
@@ -72,6 +72,23 @@ def test_training_goes_on_as_in_an_independent_loop(tmp_path: Path, name: str) -
     for record, (loss, norm, _) in zip(metrics, series, strict=True):
         assert record["loss"] == pytest.approx(loss, rel=2e-5), record["step"]
         assert record["grad_norm"] == pytest.approx(norm, rel=2e-4), record["step"]
+
+
+def test_bf16_begins_with_the_weights_too(tmp_path: Path) -> None:
+    """Its working weights are made of the masters that were read."""
+    name = "llama-gqa"
+    model = library_model(name, **CASES[name][0])
+    with torch.no_grad():
+        model.lm_head.weight *= 6  # so that the loss is far from that of new weights
+    model.save_pretrained(tmp_path / name)
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        settings = settings_of(tmp_path, name, 5, precision)
+        changes = settings.train.model_copy(update={"precision": precision})
+        result = train(settings.model_copy(update={"train": changes}))
+        losses[precision] = runs.read(result.folder).column("loss")[0]
+    assert losses["fp32"] > 8
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ def test_out_used_and_in_again(run: Path, tmp_path: Path, capsys: pytest.Capture
 
     # The same evaluation and the same text as of the run itself.
     config = load_settings(str(run), [])
-    (tmp_path / "mine.yaml").write_text(dump_yaml(config))
+    another = "bytes" if config.data.tokenizer.kind == "sentencepiece" else "sentencepiece"  # the model's own counts
+    text = yaml.safe_load(dump_yaml(config))["data"] | {"tokenizer": {"kind": another}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"data": text}))
     expected = json.loads(said(capsys, "evaluate", run))
     found = json.loads(
         said(capsys, "evaluate", tmp_path / "hf", "--data", tmp_path / "mine.yaml", f"data.folder={tmp_path}/prepared")
@@ -85,6 +88,27 @@ def test_out_used_and_in_again(run: Path, tmp_path: Path, capsys: pytest.Capture
     first, second = ((tmp_path / "runs" / start / "metrics.jsonl").read_text().splitlines() for start in ("hf", "back"))
     assert [json.loads(line)["loss"] for line in first] == [json.loads(line)["loss"] for line in second]
     assert json.loads(first[0])["loss"] < 4.0, "it begins with what was learned"
+
+
+def test_another_tokenizer_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said(capsys, "convert", run, tmp_path / "hf", "--no-proof")
+    other = {"kind": "bytes"} if "sentencepiece" in str(run) else {"kind": "sentencepiece", "vocab_size": 300}
+    config = yaml.safe_load(dump_yaml(load_settings(str(run), [])))
+    config["data"] |= {"tokenizer": other, "folder": str(tmp_path / "prepared")}
+    config["model"] |= yaml.safe_load(said(capsys, "config", tmp_path / "hf"))["model"]
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["train", str(tmp_path / "other.yaml"), f"train.init_from={tmp_path / 'hf'}", "run.name=other"]
+    assert main([*arguments, f"run.folder={tmp_path}"]) == 2
+    line = "its weights do not fit (data.tokenizer: another tokenizer)"
+    if other["kind"] == "sentencepiece":  # which has more tokens than the model
+        line = "model.vocab_size: 257 is less than the tokenizer's 300"
+    assert line in capsys.readouterr().err
+
+    shutil.copytree(run, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "tokenizer")
+    shutil.copytree(tmp_path / "prepared" / "tokenizer", tmp_path / "copy" / "tokenizer")
+    assert main(["generate", str(tmp_path / "copy")]) == 2
+    assert "tokenizer: not the tokenizer that the checkpoint was trained with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

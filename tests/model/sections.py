@@ -29,6 +29,6 @@ SECTIONS: dict[str, ModelSection] = {
         kv_heads=2,
         vocab_size=97,
         max_positions=80,
-        rope_scaling=RopeScalingSection(factor=8.0, original_max_positions=16),
+        rope_scaling=RopeScalingSection(factor=8.0, original_max_positions=32),  # pairs of all three kinds
     ),
 }
