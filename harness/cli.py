@@ -44,6 +44,8 @@ def config(target: str, overrides: Sequence[str]) -> None:
     if path.is_dir() and _configured(path) is None:
         from harness.model_folder import ModelOnly
 
+        if overrides:
+            raise ConfigError(f"{target}: is no run, and its model is what it is; leave out {overrides[0]}")
         print(dump_yaml(ModelOnly.of(path), comments=False), end="")
     else:
         print(dump_yaml(load_settings(target, overrides)), end="")
@@ -209,7 +211,12 @@ def config_file(target: str) -> Path:
 
 def _configured(folder: Path) -> Path | None:
     """The configuration of a run or checkpoint folder; None where the folder has none."""
-    place = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    from harness.convert import is_run
+
+    if not is_run(folder):
+        return None
+    place = folder if folder.parent.name else folder.resolve()  # ".", or beside what has no name here
+    place = place.parent.parent if place.parent.name == "checkpoints" else place
     return place / "config.yaml" if (place / "config.yaml").is_file() else None
 
 
@@ -307,7 +314,8 @@ def _add_conversion(command: argparse.ArgumentParser) -> None:
     command.add_argument("--to", metavar="FORMAT", help="default: huggingface for a run of harness, else harness")
     command.add_argument("--step", type=_step_number, metavar="STEP", help="which checkpoint; default: the newest")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: float32")
-    command.add_argument(
+    proof = command.add_mutually_exclusive_group()
+    proof.add_argument(
         "--proof",
         choices=("auto", "transformers", "streamed"),
         default="auto",
@@ -317,7 +325,7 @@ def _add_conversion(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--model", metavar="FILE", help="a YAML file or run folder whose model section the source's is, if it says none"
     )
-    command.add_argument("--no-proof", action="store_true", help="compare no logits; the target then says so")
+    proof.add_argument("--no-proof", action="store_true", help="compare no logits; the target then says so")
 
 
 def _add_target(command: argparse.ArgumentParser, meaning: str) -> None:
@@ -355,7 +363,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return VERBS[verb](**options) or 0
     except stop.StopRequested as error:
         if not said_elsewhere(error):
-            print(f"harness {verb}: stopped by {this_rank()}{error}; the same command goes on", file=sys.stderr)
+            after = "nothing is left of it" if verb == "convert" else "the same command goes on"
+            print(f"harness {verb}: stopped by {this_rank()}{error}; {after}", file=sys.stderr)
         return stop.EXIT_RESUME
     except HarnessError as error:
         if not said_elsewhere(error):

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 from harness import __version__
+from harness.checkpoint import CannotWriteError
 from harness.config import HarnessError
 from harness.model import ModelSection, count_parameters
 
 from .formats import FORMATS, Format, open_source
 from .proof import Method, Proof, prove
-from .records import write_json
+from .records import RECORD, write_json
 from .source import ModelSource
 from .staging import check_free, staged
 
-RECORD = "conversion.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SPARE_BYTES = 64 << 20
 """For what is not weights: tokenizer, manifests."""
@@ -42,7 +42,9 @@ class Conversion:
             f"{source['path']} ({source['format']}) to {self.target} ({self.record['target']['format']}): "
             f"{weights['parameters']:,} parameters in {weights['dtype']}, {size / 1e6:,.1f} MB"
         )
-        return [head, *(self.proof.lines() if self.proof is not None else [f"not proven: {self.record['proof']}"])]
+        proof = self.proof.lines() if self.proof is not None else [f"not proven: {self.record['proof']}"]
+        told = source.get("model_section")
+        return [head, *proof, *([] if told is None else [f"the source's model section: {told}"])]
 
 
 def convert(
@@ -66,6 +68,8 @@ def convert(
     check_free(target)
     opened = open_source(source, step=step, section=section)
     chosen = _choose(to, opened)
+    if proof == "transformers" and "Hugging Face" not in (opened.format, chosen.name):
+        raise HarnessError("--proof transformers: neither side is a Hugging Face folder; leave it out")
     kept = torch.float32 if dtype is None else DTYPES[dtype]
     problems = opened.verify()
     if problems:
@@ -75,15 +79,15 @@ def convert(
         _check_room(folder, target, parameters * kept.itemsize)
         try:
             files = chosen.write(folder, opened, kept)
-        except OSError as error:
-            raise HarnessError(
-                f"{target}: cannot be written: {error.strerror or error}; nothing is left of it"
-            ) from None
+        except (OSError, CannotWriteError) as error:
+            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+            reason = cause.strerror if isinstance(cause, OSError) else None
+            raise HarnessError(f"{target}: cannot be written: {reason or cause}; nothing is left of it") from None
         proven = None if proof is None else prove(opened, open_source(folder), proof)
         record = {
             "harness": __version__,
             "source": opened.details,
-            "target": {"format": chosen.key},
+            "target": {"format": chosen.name},
             "weights": {"parameters": parameters, "dtype": str(kept).removeprefix("torch.")},
             "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
             "files": {name: file.model_dump() for name, file in files.items()},

@@ -25,6 +25,8 @@ class Format:
 
     key: str
     """What --to calls it."""
+    name: str
+    """What people call it."""
     description: str
     open: Callable[[Path], ModelSource]
     recognise: Callable[[Path], bool]
@@ -33,16 +35,26 @@ class Format:
 
 
 FORMATS = (
-    Format("harness", "a run or checkpoint folder", RunSource, is_run, write_run),
-    Format("huggingface", "a Hugging Face folder", HuggingFaceSource, is_huggingface, write_huggingface),
+    Format("harness", RunSource.format, "a run or checkpoint folder", RunSource, is_run, write_run),
+    Format(
+        "huggingface",
+        HuggingFaceSource.format,
+        "a Hugging Face folder",
+        HuggingFaceSource,
+        is_huggingface,
+        write_huggingface,
+    ),
     Format(
         "transformer-lens",
+        TransformerLensSource.format,
         "a folder with a HookedTransformer's state",
         TransformerLensSource,
         is_transformer_lens,
         write_transformer_lens,
     ),
-    Format("megatron", "a Megatron-core checkpoint", MegatronSource, is_megatron, write_megatron),
+    Format(
+        "megatron", MegatronSource.format, "a Megatron-core checkpoint", MegatronSource, is_megatron, write_megatron
+    ),
 )
 
 

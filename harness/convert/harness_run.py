@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cached_property
@@ -24,8 +25,13 @@ TOKENIZER = "tokenizer"
 
 def is_run(path: Path) -> bool:
     """Whether a path is a run's folder, with or without checkpoints yet, or means one of its checkpoints."""
-    if path.parent.name == "checkpoints" and (path.name.startswith("step-") or not path.exists()):
+    path = Path(os.path.abspath(path))  # so that "." has a name
+    if path.parent.name == "checkpoints":
+        return not path.exists() or (path / "manifest.json").is_file()
+    if path.name == "checkpoints" and any(path.glob("step-*/manifest.json")):
         return True
+    if (path / "config.json").is_file() and not any((path / "checkpoints").glob("step-*/manifest.json")):
+        return False  # another's model, in a folder that has such names too
     return (path / "checkpoints").is_dir() or (path / "config.yaml").is_file()
 
 
@@ -38,11 +44,13 @@ class RunSource(ModelSource):
     format = "harness"
 
     def __init__(self, path: Path, step: int | None = None) -> None:
-        run_folder = path
-        if path.parent.name == "checkpoints":
-            run_folder = path.parent.parent
+        run_folder, place = path, Path(os.path.abspath(path))
+        if place.name == "checkpoints":
+            run_folder = path.parent if path.name == "checkpoints" else place.parent
+        elif place.parent.name == "checkpoints":
+            run_folder = path.parent.parent if path.parent.name == "checkpoints" else place.parent.parent
             if step is None:
-                name = path.name.removeprefix("step-")
+                name = place.name.removeprefix("step-")
                 if not name.isdigit():
                     raise HarnessError(f"{path}: not a checkpoint; expected a folder such as step-00000200")
                 step = int(name)

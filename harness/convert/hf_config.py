@@ -20,6 +20,10 @@ from .rules import Row
 Config = Mapping[str, Any]
 
 
+_WINDOW = 4096
+"""What transformers takes for a sliding_window that is not said; null is none."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One class of transformers' models that the decoder can express."""
@@ -39,20 +43,20 @@ class Architecture:
 def read_config(config: Config, label: str) -> tuple[Architecture, ModelSection]:
     """The architecture and our section of a config.json. Raises HarnessError, naming the key, where the decoder cannot
     express the model."""
-    known = {each.name: each for each in ARCHITECTURES}
-    names = config.get("architectures") or [
-        each.name for each in ARCHITECTURES if each.model_type == config.get("model_type")
-    ]
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in known:
-        said = names[0] if isinstance(names, list) and names else f"model_type {config.get('model_type')!r}"
-        raise HarnessError(f"{label}: architectures: {said} cannot be read; these can: {', '.join(known)}")
-    architecture, reader = known[names[0]], Fields(config, label)
+    known, reader = {each.name: each for each in ARCHITECTURES}, Fields(config, label)
+    names = reader.texts("architectures")
+    if not names:
+        names = [each.name for each in ARCHITECTURES if each.model_type == config.get("model_type")]
+    if len(names) != 1 or names[0] not in known:
+        said = " and ".join(names) or f"model_type {config.get('model_type')!r}"
+        raise HarnessError(f"{label}: architectures: {said} cannot be read; one of these can: {', '.join(known)}")
+    architecture = known[names[0]]
     if config.get("quantization_config") is not None:
         raise HarnessError(f"{label}: quantization_config: quantized weights cannot be read; take the original model")
     values = architecture.read(reader)
     values |= {
-        "vocab_size": reader.require("vocab_size"),
-        "init_std": reader.get("initializer_range", 0.02),
+        "vocab_size": reader.integer("vocab_size"),
+        "init_std": reader.number("initializer_range", 0.02),
         "tied_head": reader.expect("tie_word_embeddings", True, False, default=architecture is _GPT2),
     }
     return architecture, validate(ModelSection, values, f"{label} as our model section")
@@ -69,7 +73,7 @@ def write_config(section: ModelSection, dtype: str, eod: int | None) -> tuple[Ar
         wrong = [f"model.{key} {has[key]!r} for {value!r}" for key, value in wanted.items() if has[key] != value]
         if not wrong:
             break
-        if len(wrong) < len(problems):
+        if len(wrong) < len(problems) and architecture is not _MISTRAL:
             closest, problems = architecture.name, wrong
     else:
         raise HarnessError(
@@ -95,15 +99,15 @@ def _read_gpt2(config: Fields) -> dict[str, Any]:
     config.expect("scale_attn_weights", True, default=True)
     config.expect("scale_attn_by_inverse_layer_idx", False, default=False)
     config.expect("add_cross_attention", False, default=False)
-    drops = {config.get(key, 0.1) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    drops = {config.number(key, 0.1) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
     return {
         "family": "gpt2",
-        "layers": config.require("n_layer"),
-        "hidden_size": config.require("n_embd"),
-        "heads": config.require("n_head"),
+        "layers": config.integer("n_layer"),
+        "hidden_size": config.integer("n_embd"),
+        "heads": config.integer("n_head"),
         "mlp_size": config.get("n_inner"),
-        "max_positions": config.require("n_positions"),
-        "norm_epsilon": config.get("layer_norm_epsilon", 1e-5),
+        "max_positions": config.integer("n_positions"),
+        "norm_epsilon": config.number("layer_norm_epsilon", 1e-5),
         "dropout": drops.pop() if len(drops) == 1 else 0.0,  # only one rate here; a run says its own
     }
 
@@ -131,34 +135,40 @@ def _read_llama(config: Fields) -> dict[str, Any]:
     config.expect("hidden_act", "silu", default="silu")
     return {
         "family": "llama",
-        "layers": config.require("num_hidden_layers"),
-        "hidden_size": config.require("hidden_size"),
-        "heads": config.require("num_attention_heads"),
+        "layers": config.integer("num_hidden_layers"),
+        "hidden_size": config.integer("hidden_size"),
+        "heads": config.integer("num_attention_heads"),
         "kv_heads": config.get("num_key_value_heads"),
         "head_size": config.get("head_dim"),
-        "mlp_size": config.require("intermediate_size"),
-        "max_positions": config.require("max_position_embeddings"),
-        "norm_epsilon": config.get("rms_norm_eps", 1e-6),
+        "mlp_size": config.integer("intermediate_size"),
+        "max_positions": config.integer("max_position_embeddings"),
+        "norm_epsilon": config.number("rms_norm_eps", 1e-6),
         **_read_rope(config),
     }
 
 
 def _read_rope(config: Fields) -> dict[str, Any]:
     """transformers 5 says all of it in rope_parameters, earlier ones in rope_theta and rope_scaling."""
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    rope = config.get(key, {})
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return {"rope_theta": theta}
-    if kind != "llama3":
+    late, early = config.mapping("rope_parameters"), config.mapping("rope_scaling")
+    if late and early and _without_theta(late) != _without_theta(early):
         raise HarnessError(
-            f"{config.label}: {key}.rope_type is {kind!r}, and only 'default' and 'llama3' can be read: the decoder "
-            f"has no other"
+            f"{config.label}: rope_parameters and rope_scaling do not agree, and transformers 5 takes the latter; "
+            f"remove one of them"
         )
-    factors = {name: rope[name] for name in ("factor", "low_freq_factor", "high_freq_factor") if name in rope}
-    original = rope.get("original_max_position_embeddings")
+    key = "rope_parameters" if late else "rope_scaling"
+    rope = Fields(late or early, f"{config.label}: {key}")
+    theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
+    named = "rope_type" if "rope_type" in rope.config or "type" not in rope.config else "type"
+    if rope.expect(named, "default", "llama3", default="default", why="the decoder has no other") == "default":
+        return {"rope_theta": theta}
+    factors = {name: rope.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor")}
+    original = rope.integer("original_max_position_embeddings")
     return {"rope_theta": theta, "rope_scaling": {**factors, "original_max_positions": original}}
+
+
+def _without_theta(rope: dict[str, Any]) -> dict[str, Any]:
+    named = {"rope_type" if key == "type" else key: value for key, value in rope.items() if key != "rope_theta"}
+    return {"rope_type": "default", **named}
 
 
 def _read_plain_llama(config: Fields) -> dict[str, Any]:
@@ -188,8 +198,11 @@ def _read_qwen3(config: Fields) -> dict[str, Any]:
 
 
 def _refuse_window(config: Fields) -> None:
-    window, longest = config.get("sliding_window"), config.require("max_position_embeddings")
-    if window is not None and window < longest:
+    longest = config.integer("max_position_embeddings")
+    if config.config.get("sliding_window", _WINDOW) is None:
+        return
+    window = config.integer("sliding_window", _WINDOW)
+    if window < longest:
         raise HarnessError(
             f"{config.label}: sliding_window is {window}, less than max_position_embeddings {longest}: the decoder "
             f"attends to all earlier tokens"
@@ -197,7 +210,7 @@ def _refuse_window(config: Fields) -> None:
 
 
 def _refuse_layer_types(config: Fields) -> None:
-    others = {kind for kind in config.get("layer_types", []) if kind != "full_attention"}
+    others = {kind for kind in config.texts("layer_types") if kind != "full_attention"}
     if others:
         raise HarnessError(f"{config.label}: layer_types has {listed(sorted(others))}: only full_attention can be read")
 

@@ -14,9 +14,9 @@ from harness.config import HarnessError
 from harness.data import Tokenizer
 
 from .hf_config import read_config, write_config
-from .records import read_json, write_json
+from .records import read_json, verify_record, write_json
 from .rules import link_names
-from .source import LinkedSource, ModelSource, decoder_shapes, fetch_linked
+from .source import READABLE_DTYPES, LinkedSource, ModelSource, decoder_shapes, fetch_linked
 from .tokenizers import export_tokenizer, import_tokenizer
 
 CONFIG = "config.json"
@@ -61,23 +61,32 @@ class HuggingFaceSource(LinkedSource):
     def check_entries(self, entries: Mapping[str, TensorEntry]) -> None:
         kept = {name: entry for name, entry in entries.items() if not name.endswith(_BUFFERS)}
         if self.section.tied_head and "lm_head.weight" in kept:
-            self._check_copy("lm_head.weight", self.links.by_ours["token_embedding.weight"][0].theirs)
+            self._check_copy(kept, "lm_head.weight", self.links.by_ours["token_embedding.weight"][0].theirs)
             del kept["lm_head.weight"]
         super().check_entries(kept)
 
-    def _check_copy(self, copy: str, original: str) -> None:
+    def _check_copy(self, entries: Mapping[str, TensorEntry], copy: str, original: str) -> None:
         """Some writers save a tied head a second time; then it must be the embedding."""
-        both = []
-        for name in (copy, original):
-            if name not in self.files:
-                return
+        if original not in self.files:
+            return  # which is said of it
+        if (entries[copy].dtype, entries[copy].shape) != (entries[original].dtype, entries[original].shape):
+            kinds = [f"{entries[name].format_name} {entries[name].shape}" for name in (copy, original)]
+            raise HarnessError(
+                f"{self.files[copy]}: tensor {copy} is {kinds[0]} and {original} {kinds[1]}, although {CONFIG} says "
+                f"tie_word_embeddings, so that transformers reads the latter for both; remove the former"
+            )
+        digests = []
+        for name in (copy, original) if entries[copy].dtype in READABLE_DTYPES else ():
             with TensorFile(self.files[name]) as file:
-                both.append(file.digest(name))
-        if both[0] != both[1]:
+                digests.append(file.digest(name))
+        if len(set(digests)) > 1:
             raise HarnessError(
                 f"{self.files[copy]}: tensor {copy} is not {original}, although {CONFIG} says tie_word_embeddings: "
                 f"set it to false there, or remove the tensor"
             )
+
+    def verify(self, share: tuple[int, int] = (0, 1)) -> list[str]:
+        return verify_record(self.path, share)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -87,7 +96,13 @@ class HuggingFaceSource(LinkedSource):
 
 
 def _find_tensors(path: Path) -> dict[str, Path]:
-    """The file of every tensor, by the index where there are several files. Raises HarnessError."""
+    """The file of every tensor, by the index where there are several files. Raises HarnessError.
+
+    Where there is both an index and a single file, transformers reads the latter.
+    """
+    if (path / SINGLE).is_file():
+        with TensorFile(path / SINGLE) as opened:
+            return dict.fromkeys(opened.entries, path / SINGLE)
     if (path / INDEX).is_file():
         index = read_json(path / INDEX)
         try:
@@ -109,9 +124,6 @@ def _find_tensors(path: Path) -> dict[str, Path]:
                 for name in (name for name, place in files.items() if place == file and name not in opened.entries):
                     raise HarnessError(f"{file}: has no tensor {name}, which {INDEX} places there")
         return files
-    if (path / SINGLE).is_file():
-        with TensorFile(path / SINGLE) as opened:
-            return dict.fromkeys(opened.entries, path / SINGLE)
     pickled = next((name for name in _PICKLED if (path / name).exists()), None)
     if pickled is not None:
         raise HarnessError(

@@ -31,6 +31,10 @@ COMMON = "common.pt"
 MODEL = "harness_model.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 TOKENIZER = "tokenizer"
+_TOLD = (
+    "given by --model, and not confirmed by any comparison where shapes do not tell: heads, rope_theta, rope_scaling, "
+    "norm_epsilon"
+)
 BACKEND = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -69,7 +73,7 @@ class MegatronSource(LinkedSource):
     format = "Megatron-core"
 
     def __init__(self, path: Path, section: ModelSection | None = None) -> None:
-        self.path = path
+        self.path, self._is_told = path, section is not None
         self.folder = _find_checkpoint(path)
         backend = read_json(self.folder / CONFIG)
         for key in ("sharded_backend", "sharded_backend_version"):
@@ -98,11 +102,16 @@ class MegatronSource(LinkedSource):
         return self._chunks.verify(share)
 
     @property
+    def tokenizer_folder(self) -> Path:
+        return self.folder / TOKENIZER
+
+    @property
     def details(self) -> dict[str, Any]:
         return {
             **super().details,
             "checkpoint": self.folder.name,
             "vocabulary_padding_rows_left_out": self.padding_rows,
+            **({"model_section": _TOLD} if self._is_told else {}),
         }
 
     @cached_property
@@ -120,8 +129,9 @@ class MegatronSource(LinkedSource):
             section = validate(ModelSection, values, f"{file}: model")
         if section is None:
             raise HarnessError(
-                f"{self.folder}: {MODEL} is not there, and without it nothing says how many heads the model has: give "
-                f"its model section with --model FILE.yaml{_shown(tensors, prefix)}"
+                f"{self.folder}: {MODEL} is not there, and without it nothing says how many heads the model has: "
+                f"`harness convert {self.path} NEW --model FILE.yaml` makes a checkpoint of it with FILE's "
+                f"model section{_shown(tensors, prefix)}"
             )
         if section.vocab_size is None:
             raise HarnessError(

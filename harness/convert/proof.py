@@ -1,4 +1,4 @@
-"""The proof of a conversion: the logits of source and result on the same tokens, in fp32.
+"""The proof of a conversion: every weight of source and result, and their logits on the same tokens, in fp32.
 
 harness's decoder computes them one block at a time, so that the proof needs no more memory than the conversion. Where a
 folder of Hugging Face's is on either side, `transformers` itself computes them as well: it shares no code with the
@@ -7,7 +7,6 @@ tables that converted the weights, so that a mistake which is made in both direc
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from harness.config import HarnessError
 from harness.model import Decoder, LossSection, ModelSection, count_parameters
 from harness.parallel import Fragment
 
+from .bits import compare_weights
 from .source import ModelSource
 
 Method = Literal["auto", "transformers", "streamed"]
@@ -59,6 +59,8 @@ class Comparison:
 class Proof:
     """What was compared, and what came out."""
 
+    tensors: int
+    """Weights of ours that were compared bit for bit, all of them, and are the same."""
     tokens: int
     comparisons: list[Comparison]
     rounding: Comparison | None
@@ -71,7 +73,9 @@ class Proof:
 
     def lines(self) -> list[str]:
         """The proof as it is printed."""
-        lines = [f"logits of {self.tokens} tokens in fp32", *(f"  {each}" for each in self.comparisons)]
+        once = "" if self.rounding is None else ", once rounded"
+        lines = [f"all {self.tensors} tensors are the same bit for bit{once}"]
+        lines += [f"logits of {self.tokens} tokens in fp32", *(f"  {each}" for each in self.comparisons)]
         if self.rounding is not None:
             lines.append(f"  rounding: {self.rounding}")
         if self.left_out is not None:
@@ -80,16 +84,17 @@ class Proof:
 
 
 def prove(source: ModelSource, result: ModelSource, method: Method) -> Proof:
-    """Compare the logits of `source` with those of `result`, which was made of it and read back.
+    """Compare the weights and the logits of `source` with those of `result`, which was made of it and read back.
 
     Raises HarnessError where they are not the same, or where transformers is asked for by name and cannot be had.
     """
     rounded = result.dtype if result.dtype != torch.float32 else None
+    weights = compare_weights(source, result, rounded)
     tokens, positions = _proof_tokens(source.section)
     ours = streamed_logits(source, tokens, positions, rounded_to=rounded)
-    if not ours.isfinite().all():
+    if not ours.isfinite().all() or not ours.any():
         raise HarnessError(
-            f"{source.path}: its logits are not all numbers, so that nothing can be proven of it: look at its weights; "
+            f"{source.path}: its logits are no numbers, or all 0, so that they prove nothing: look at its weights; "
             f"--no-proof converts it as it is"
         )
     named = "source" if rounded is None else f"source rounded to {str(rounded).removeprefix('torch.')}"
@@ -105,7 +110,7 @@ def prove(source: ModelSource, result: ModelSource, method: Method) -> Proof:
         unrounded = streamed_logits(each, tokens, positions) if each is source and rounded is not None else ours
         theirs = transformers_logits(each.path, tokens, positions)
         comparisons.append(_compare(name, unrounded, f"{name} in transformers", theirs))
-    proof = Proof(tokens.numel(), comparisons, rounding, left_out)
+    proof = Proof(weights, tokens.numel(), comparisons, rounding, left_out)
     for comparison in comparisons:
         if not comparison.holds:
             raise HarnessError(f"{source.path}: the result is not the same model, and is not kept: {comparison}")
@@ -169,8 +174,18 @@ def transformers_logits(folder: Path, tokens: Tensor, positions: Tensor) -> Tens
         from transformers.utils import logging
     except ImportError:
         raise HarnessError("transformers is not installed: pip install transformers, or --proof streamed") from None
+    try:
+        return _library_logits(AutoModelForCausalLM, logging, folder, tokens, positions)
+    except Exception as error:  # of any kind: whatever it is that transformers does not take
+        reason = " ".join(str(error).split())[:200]
+        raise HarnessError(
+            f"{folder}: transformers cannot read it ({type(error).__name__}: {reason}); --proof streamed leaves it out"
+        ) from None
+
+
+def _library_logits(classes: Any, logging: Any, folder: Path, tokens: Tensor, positions: Tensor) -> Tensor:
     with _quiet(logging), torch.inference_mode():
-        model = AutoModelForCausalLM.from_pretrained(
+        model = classes.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
         # A mask is given, or positions with gaps would be taken for several sequences.
@@ -219,12 +234,18 @@ def _compare(one: str, logits: Tensor, other: str, others: Tensor) -> Comparison
 
 
 def _why_not_transformers(section: ModelSection, method: Method) -> str | None:
-    """None where it can be asked: it is there, and holds the model in half of the memory that is free."""
+    """None where it can be asked: it is there, and holds the model in half of the memory that can be had."""
     if method == "streamed":
         return "--proof streamed"
     if find_spec("transformers") is None:
         return "it is not installed (pip install transformers)"
-    needed, free = 4 * count_parameters(section).total, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed, free = 4 * count_parameters(section).total, _available_bytes()
     if needed > free / 2:
         return f"it would hold {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free; --proof transformers does"
     return None
+
+
+def _available_bytes() -> int:
+    """Memory that can be had without swapping: free, or a cache of files."""
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.checkpoint import write_synced
 from harness.config import HarnessError
+from harness.disk import sha256_of
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -47,6 +48,27 @@ class Fields:
             raise self.refusal(key, "and not a number")
         return value
 
+    def integer(self, key: str, default: int | None = None) -> Any:
+        """A whole number; without a default it must be there."""
+        value = self.number(key, default)
+        if not isinstance(value, int):
+            raise self.refusal(key, "and not a whole number")
+        return value
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        """A mapping, empty where there is none."""
+        value = self.get(key, {})
+        if not isinstance(value, dict):
+            raise self.refusal(key, "and not a mapping of keys to values")
+        return value
+
+    def texts(self, key: str) -> list[str]:
+        """A list of texts, empty where there is none."""
+        value = self.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise self.refusal(key, "and not a list of texts")
+        return value
+
     def expect(self, key: str, *allowed: Any, default: Any = None, why: str = "the decoder has no such thing") -> Any:
         """The value at `key`, which must be one of `allowed`; True is not 1."""
         value = self.get(key, default)
@@ -56,6 +78,33 @@ class Fields:
 
     def refusal(self, key: str, why: str) -> HarnessError:
         return HarnessError(f"{self.label}: {key} is {self.config.get(key)!r}, {why}")
+
+
+RECORD = "conversion.json"
+"""What a conversion says of itself, in its target."""
+
+
+def verify_record(folder: Path, share: tuple[int, int]) -> list[str]:
+    """Files that are not those that a conversion wrote into the folder, a line each; none where it has no record.
+
+    `share` (number, of how many) leaves out the files that other ranks read.
+    """
+    if not (folder / RECORD).is_file():
+        return []
+    files = read_json(folder / RECORD).get("files", {})
+    problems = []
+    for name in sorted(files)[share[0] :: share[1]]:
+        try:
+            same = sha256_of(folder / name) == files[name]["sha256"]
+        except (OSError, KeyError, TypeError) as error:
+            problems.append(f"{folder / name}: cannot be compared with {RECORD}: {error}")
+            continue
+        if not same:
+            problems.append(
+                f"{folder / name}: digest differs from {RECORD}: the file is damaged; if it was changed on purpose, "
+                f"remove {RECORD}"
+            )
+    return problems
 
 
 def listed(values: Sequence[Any]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from harness import stop
 from harness.checkpoint import make_folders, remove
 from harness.config import HarnessError
 from harness.disk import sync
@@ -22,6 +23,8 @@ def staged(target: Path) -> Iterator[Path]:
     """
     target = Path(os.path.abspath(target))
     check_free(target)
+    if target == Path.cwd():
+        raise HarnessError(f"{target}: is the folder that this runs in, and a new one takes its place; name another")
     make_folders(target.parent)
     temporary = target.parent / f".tmp-{target.name}"
     temporary.mkdir(exist_ok=True)
@@ -37,6 +40,8 @@ def staged(target: Path) -> Iterator[Path]:
             yield temporary
             _sync_all(temporary)
             check_free(target)
+            if (signal := stop.requested()) is not None:  # one that came where nothing could be raised
+                raise stop.StopRequested(signal)
             if target.exists():
                 target.rmdir()  # empty, as check_free has seen
             temporary.rename(target)
@@ -50,6 +55,8 @@ def staged(target: Path) -> Iterator[Path]:
 
 def check_free(target: Path) -> None:
     """Raises HarnessError where something is there already, but for an empty folder."""
+    if "\0" in str(target):
+        raise HarnessError(f"{str(target)!a}: cannot be a file's name")
     if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
         raise HarnessError(f"{target}: is there already; choose another name, or move it away")
 

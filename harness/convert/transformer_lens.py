@@ -28,7 +28,7 @@ from harness.data import Tokenizer
 from harness.model import ModelSection
 
 from .links import Link, Links
-from .records import read_json, write_json
+from .records import read_json, verify_record, write_json
 from .rules import Row, Rule, Share, heads, link_names, transposed, whole
 from .source import READABLE_DTYPES, LinkedSource, ModelSource, decoder_shapes, fetch_linked
 from .tokenizers import export_tokenizer, import_tokenizer
@@ -165,6 +165,9 @@ class TransformerLensSource(LinkedSource):
                     f"{file}: tensor unembed.W_U is not embed.W_E transposed, although {CONFIG} says "
                     f"tie_word_embeddings: set it to false there"
                 )
+
+    def verify(self, share: tuple[int, int] = (0, 1)) -> list[str]:
+        return verify_record(self.path, share)
 
     @property
     def tokenizer(self) -> Tokenizer | None:

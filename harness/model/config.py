@@ -28,7 +28,7 @@ class RopeScalingSection(Section):
     high_freq_factor: float = Field(4.0, gt=0)
     """Pairs that turn more often than this are left as they are; those between, in part."""
 
-    original_max_positions: int = Field(8192, ge=1)
+    original_max_positions: int = Field(8192, ge=1, le=1 << 31)
     """Longest sequence of the training before."""
 
     @model_validator(mode="after")
@@ -51,26 +51,26 @@ class ModelSection(Section):
     """Which published architecture the unsaid fields follow. gpt2: learned positions, LayerNorm, GELU, biases, tied
     head. llama: rope, RMSNorm, SwiGLU, no biases, untied head."""
 
-    layers: int = Field(..., ge=1)
+    layers: int = Field(..., ge=1, le=10_000)
     """Number of blocks."""
 
-    hidden_size: int = Field(..., ge=1)
+    hidden_size: int = Field(..., ge=1, le=1 << 20)
     """Width of the residual stream."""
 
-    heads: int = Field(..., ge=1)
+    heads: int = Field(..., ge=1, le=1 << 16)
     """Number of query heads."""
 
-    kv_heads: int | None = Field(None, ge=1)
+    kv_heads: int | None = Field(None, ge=1, le=1 << 16)
     """Number of key and value heads, a divisor of heads (grouped-query attention). null: as many as heads."""
 
-    head_size: int | None = Field(None, ge=1)
+    head_size: int | None = Field(None, ge=1, le=1 << 16)
     """Width of one head. null: hidden_size / heads."""
 
-    mlp_size: int | None = Field(None, ge=1)
+    mlp_size: int | None = Field(None, ge=1, le=1 << 22)
     """Inner width of the MLP. null: 4 x hidden_size for gelu; for swiglu 8/3 x hidden_size, rounded up to a multiple
     of 16."""
 
-    max_positions: int | None = Field(None, ge=1)
+    max_positions: int | None = Field(None, ge=1, le=1 << 31)
     """Longest sequence that the model is built for: the rows of learned positions. null: data.sequence_length for
     learned positions, no limit for rope."""
 
@@ -120,7 +120,7 @@ class ModelSection(Section):
     """Divide init_std by sqrt(2 layers) in the matrices that write to the residual stream (GPT-2 paper, section
     2.3)."""
 
-    vocab_size: int | None = Field(None, ge=1)
+    vocab_size: int | None = Field(None, ge=1, le=1 << 31)
     """Number of tokens. null: the tokenizer's."""
 
     vocab_multiple: int = Field(128, ge=1)
@@ -134,7 +134,7 @@ class ModelSection(Section):
         if not isinstance(values, dict):
             return values
         shape = values.get("shape")
-        if shape is not None and shape not in SHAPES:
+        if shape is not None and (not isinstance(shape, str) or shape not in SHAPES):
             close = difflib.get_close_matches(str(shape), SHAPES, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"shape: there is no shape {shape!r}{hint} (known: {', '.join(SHAPES)})")
@@ -148,7 +148,8 @@ class ModelSection(Section):
             )
         filled = {**named, **values, "shape": None}
         family = filled.get("family", cls.model_fields["family"].default)
-        return {**FAMILIES.get(family, FAMILIES["llama"]), **filled}
+        known = family if isinstance(family, str) and family in FAMILIES else "llama"  # the field refuses others
+        return {**FAMILIES[known], **filled}
 
     @model_validator(mode="after")
     def _check(self) -> ModelSection:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.convert import convert
+from harness.convert import bits, convert, proof
+from harness.convert.bits import compare_weights
 from harness.convert.proof import prove
 from harness.parallel import Fragment
 from tests.convert.library import save_library_model
@@ -44,10 +45,14 @@ class Changed(DecoderSource):
         ("llama-qkv-bias", "layers.1.attention.qkv.bias", (20,)),
     ],
 )
-def test_one_element_is_enough(kind: str, name: str, place: tuple[int, ...]) -> None:
+def test_one_element_is_enough(kind: str, name: str, place: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     same = DecoderSource(SECTIONS[kind], 3)
     assert prove(same, DecoderSource(SECTIONS[kind], 3), "streamed").comparisons[0].max_difference == 0
-    said = refusal(lambda: prove(same, Changed(SECTIONS[kind], 3).change(name, place, 0.5), "streamed"))
+    other = Changed(SECTIONS[kind], 3).change(name, place, 0.5)
+    said = refusal(lambda: prove(same, other, "streamed"))
+    assert f"the result is not the same model, and is not kept: tensor {name} has other bits" in said
+    monkeypatch.setattr(proof, "compare_weights", lambda *_: 0)
+    said = refusal(lambda: prove(same, other, "streamed"))
     assert "the result is not the same model, and is not kept: source and result: largest difference" in said
 
 
@@ -55,7 +60,23 @@ def test_one_element_is_enough(kind: str, name: str, place: tuple[int, ...]) -> 
 def test_what_is_no_number_is_not_proven(value: float) -> None:
     source = Changed(SECTIONS["llama"], 3).change("layers.0.mlp.up.weight", (0, 0), value)
     said = refusal(lambda: prove(source, source, "streamed"))
-    assert "its logits are not all numbers, so that nothing can be proven of it" in said
+    assert "layers.0.mlp.up.weight has 1 values that are no finite numbers (the source's own)" in said
+
+
+def test_logits_of_nothing_prove_nothing() -> None:
+    source = DecoderSource(SECTIONS["llama"], 3)
+    source.weights["head.weight"].zero_()
+    assert "its logits are no numbers, or all 0" in refusal(lambda: prove(source, source, "streamed"))
+
+
+@pytest.mark.parametrize("pieces", [1, 50, 1 << 20])
+def test_weights_are_compared_to_the_last(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bits, "_ELEMENTS", pieces)
+    same, other = DecoderSource(SECTIONS["gpt2"], 3), DecoderSource(SECTIONS["gpt2"], 3)
+    assert compare_weights(same, other, None) == 28
+    last = other.weights["layers.1.mlp.down.weight"]
+    last[-1, -1] = torch.nextafter(last[-1, -1], torch.tensor(9.0))
+    assert "tensor layers.1.mlp.down.weight has other bits" in refusal(lambda: compare_weights(same, other, None))
 
 
 def test_rounded_from_a_folder_of_the_library(tmp_path: Path) -> None:

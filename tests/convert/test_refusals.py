@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -47,15 +48,21 @@ def edit_config(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"architectures": ["MambaForCausalLM"]}, "config.json: architectures: MambaForCausalLM cannot be read; these"),
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            "architectures: MambaForCausalLM cannot be read; one of",
+        ),
         ({"architectures": ["LlamaForCausalLM", "X"]}, "config.json: architectures: LlamaForCausalLM"),
         ({"architectures": None, "model_type": "gemma2"}, "config.json: architectures: model_type 'gemma2' cannot be"),
         ({"hidden_act": "gelu"}, "config.json: hidden_act is 'gelu', and only 'silu' can be read"),
         ({"mlp_bias": True}, "config.json: mlp_bias is True, and only False can be read"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "config.json: rope_parameters.rope_type is 'yarn'"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            "rope_parameters: rope_type is 'yarn'",
+        ),
         (
             {"rope_parameters": None, "rope_scaling": {"type": "linear"}},
-            "config.json: rope_scaling.rope_type is 'line",
+            "config.json: rope_scaling: type is 'linear', and",
         ),
         ({"quantization_config": {"bits": 4}}, "config.json: quantization_config: quantized weights cannot be read"),
         ({"hidden_size": None}, "config.json: hidden_size is missing"),
@@ -68,6 +75,19 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ({"num_hidden_layers": 1}, "tensor model.layers.1."),
         ({"tie_word_embeddings": True}, "tensor lm_head.weight is not model.embed_tokens.weight, although config.json"),
         ({"intermediate_size": 101}, "has shape"),
+        ({"num_hidden_layers": 2_000_000_000}, "layers: input should be less than or equal to 10000"),
+        ({"hidden_size": 10**30}, "hidden_size"),
+        ({"num_hidden_layers": "2"}, "config.json: num_hidden_layers is '2', and not a number"),
+        ({"num_hidden_layers": 2.0}, "config.json: num_hidden_layers is 2.0, and not a whole number"),
+        ({"architectures": [["x"]]}, "config.json: architectures is [['x']], and not a list of texts"),
+        ({"architectures": "LlamaForCausalLM"}, "config.json: architectures is 'LlamaForCausalLM', and not a list"),
+        ({"rope_parameters": "yes"}, "config.json: rope_parameters is 'yes', and not a mapping"),
+        (
+            {"rope_scaling": {"type": "linear"}, "rope_parameters": {"rope_type": "default"}},
+            "do not agree",
+        ),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters: low_freq_factor is missing"),
+        ({"attention_dropout": "0"}, "transformers cannot read it ("),
         ({"tie_word_embeddings": 1}, "config.json: tie_word_embeddings is 1, and only True or False can be read"),
     ],
 )
@@ -82,6 +102,9 @@ def test_configurations(theirs: Path, changes: dict[str, Any], line: str) -> Non
         ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu', and only 'gelu_new'"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False"),
+        ("mistral", {"sliding_window": "4096"}, "sliding_window is '4096', and not a number"),
+        ("gpt2", {"resid_pdrop": [1]}, "resid_pdrop is [1], and not a number"),
+        ("qwen3", {"layer_types": 5}, "layer_types is 5, and not a list of texts"),
         ("mistral", {"sliding_window": 64}, "sliding_window is 64, less than max_position_embeddings 128"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 9}, "sliding_window is 9, less than"),
         ("qwen3", {"attention_bias": True}, "attention_bias is True, and only False can be read"),
@@ -136,6 +159,21 @@ def test_pickled_weights_are_not_touched(theirs: Path, tmp_path: Path) -> None:
     assert not marker.exists()
     (theirs / "pytorch_model.bin").unlink()
     assert "has neither model.safetensors nor model.safetensors.index.json" in refused(theirs)
+
+
+def test_a_window_that_is_not_said_is_the_librarys(tmp_path: Path) -> None:
+    library_model("mistral", max_position_embeddings=8192).save_pretrained(tmp_path / "theirs")
+    open_source(tmp_path / "theirs")  # it says null
+    file = tmp_path / "theirs" / "config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "sliding_window"}))
+    assert "sliding_window is 4096, less than max_position_embeddings 8192" in refused(tmp_path / "theirs")
+
+
+def test_a_single_file_goes_before_an_index_as_in_the_library(tmp_path: Path) -> None:
+    save_library_model(tmp_path / "theirs", "llama-gqa")
+    weights = {name: 1.5 * value for name, value in library_model("llama-gqa").state_dict().items()}
+    save_file(weights, tmp_path / "theirs" / "model.safetensors", metadata={"format": "pt"})
+    assert convert(tmp_path / "theirs", tmp_path / "run", proof="transformers").proof is not None
 
 
 def test_files_of_an_index(tmp_path: Path) -> None:
@@ -217,6 +255,53 @@ class _Usage:
         self.free = free
 
 
+def test_a_folder_that_was_written_here_is_compared_with_its_record(theirs: Path) -> None:
+    convert(theirs, theirs.parent / "run", proof=None)
+    exported = convert(theirs.parent / "run", theirs.parent / "exported", proof=None).target
+    content = bytearray((exported / "model.safetensors").read_bytes())
+    content[-3] ^= 16
+    (exported / "model.safetensors").write_bytes(content)
+    said = refusal(lambda: convert(exported, theirs.parent / "again", proof=None))
+    assert "model.safetensors: digest differs from conversion.json: the file is damaged" in said
+    (exported / "conversion.json").unlink()
+    convert(exported, theirs.parent / "again", proof=None)
+
+
+def test_what_cannot_be_rounded_is_named(theirs: Path) -> None:
+    change_weights(theirs, lambda w: w[GATE].view(-1)[5].fill_(1e6))
+    convert(theirs, theirs.parent / "run", proof="streamed")
+    said = refusal(lambda: convert(theirs.parent / "run", theirs.parent / "half", dtype="float16"))
+    assert "layers.1.mlp.gate.weight, rounded to float16, has 1 values that are no finite numbers (too large" in said
+    change_weights(theirs, lambda w: w[GATE].view(-1)[5].fill_(float("nan")))
+    said = refusal(lambda: convert(theirs, theirs.parent / "nan"))
+    assert "tensor layers.1.mlp.gate.weight has 1 values that are no finite numbers (the source's own)" in said
+
+
+def test_places_that_look_like_runs(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = theirs.parent
+    (theirs / "checkpoints").mkdir()
+    (theirs / "config.yaml").write_text("name: not ours\n")
+    assert open_source(theirs).format == "Hugging Face"
+    for place in ("p/checkpoints/step-5000", "q/checkpoints/hf"):
+        (root / place).parent.mkdir(parents=True)
+        shutil.copytree(theirs, root / place)
+        assert open_source(root / place).format == "Hugging Face"
+    run = convert(theirs, root / "run", proof=None).target
+    step = run / "checkpoints" / "step-00000000"
+    places = [(run, "."), (step, "."), (step.parent, step.name), (step.parent, "."), (root, "run/checkpoints/")]
+    for where, name in places:
+        monkeypatch.chdir(where)
+        source = open_source(Path(name))
+        assert source.format == "harness", (where, name)
+        assert source.verify() == []
+    (root / "q" / "here").mkdir()
+    monkeypatch.chdir(root / "q" / "here")
+    assert "is the folder that this runs in" in refusal(lambda: convert(theirs, Path(".")))
+    assert "neither side is a Hugging Face folder" in refusal(
+        lambda: convert(run, root / "again", to="megatron", proof="transformers")
+    )
+
+
 def test_another_model_is_not_kept(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that makes a mistake in the last bits is found by the proof."""
     write = tensor_file.bytes_of
@@ -225,7 +310,9 @@ def test_another_model_is_not_kept(theirs: Path, monkeypatch: pytest.MonkeyPatch
         return write(tensor if tensor.dim() < 2 else tensor.flip(0))
 
     monkeypatch.setattr(tensor_file, "bytes_of", wrong)
-    assert "the result is not the same model, and is not kept: source and result" in refused(theirs)
+    assert "the result is not the same model, and is not kept: tensor token_embedding.weight has other bits" in refused(
+        theirs
+    )
 
 
 def test_a_mistake_in_both_directions_is_seen_by_the_library(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

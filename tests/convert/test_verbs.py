@@ -90,6 +90,19 @@ def test_out_used_and_in_again(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert json.loads(first[0])["loss"] < 4.0, "it begins with what was learned"
 
 
+@pytest.mark.parametrize("form", ["megatron", "transformer-lens"])
+def test_folders_of_every_format_are_used(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    said(capsys, "convert", run, tmp_path / "there", "--to", form)
+    expected = json.loads(said(capsys, "evaluate", run))
+    data = ("--data", run, f"data.folder={tmp_path}/prepared")
+    assert json.loads(said(capsys, "evaluate", tmp_path / "there", *data))["loss"] == expected["loss"]
+    options = ["generate.prompt=the of", "generate.temperature=0", "generate.max_tokens=20"]
+    assert said(capsys, "generate", tmp_path / "there", *options) == said(capsys, "generate", run, *options)
+    assert yaml.safe_load(said(capsys, "config", tmp_path / "there"))["model"]["layers"] == 2
+
+
 def test_another_tokenizer_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said(capsys, "convert", run, tmp_path / "hf", "--no-proof")
     other = {"kind": "bytes"} if "sentencepiece" in str(run) else {"kind": "sentencepiece", "vocab_size": 300}
