@@ -124,7 +124,7 @@ TARGETS: list[tuple[tuple[str, ...], str]] = [
     ),
     (
         ("evaluate", "{t}/small.yaml", "run.name=gone"),
-        "{t}/runs/gone: no run with a good checkpoint; give runs/NAME or",
+        "{t}/runs/gone: no such folder; give a run or checkpoint folder",
     ),
     (("evaluate", "{t}/runs/small", "evaluate.split=valid"), "command line: evaluate.split: 'valid' is not one of "),
     (

@@ -213,7 +213,7 @@ class CheckpointStore:
         try:
             return read_manifest(self.folder_of(step), step)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}{self._advice(step)}") from None
+            raise CheckpointError(f"{error}{self.advice(step)}") from None
 
     def read_state(self, step: int) -> dict[str, Any]:
         """The state that was saved with a step. Raises CheckpointError."""
@@ -246,7 +246,7 @@ class CheckpointStore:
         copies = plan_copies(manifest, list(into), str(folder), allow_unused=allow_unused)
         needed = {name: manifest.files[name] for name in sorted(copies)}
         for problem in self._damaged(folder, needed) if verify else ():
-            raise CheckpointError(f"{problem}{self._advice(step)}")
+            raise CheckpointError(f"{problem}{self.advice(step)}")
         copy_planned(folder, copies)
         return manifest.state
 
@@ -267,7 +267,8 @@ class CheckpointStore:
             return [str(error)]
         return []
 
-    def _advice(self, step: int) -> str:
+    def advice(self, step: int) -> str:
+        """What to do about a damaged step, to end its line with."""
         earlier = (other for other in reversed(self.steps()) if other < step and not self._manifest_problems(other))
         found = next(earlier, None)
         return f"; use an earlier step: {found}" if found is not None else "; there is no earlier step"

@@ -92,7 +92,8 @@ class RunSource(ModelSource):
         return {**super().details, "step": self.step}
 
     def verify(self, share: tuple[int, int] = (0, 1)) -> list[str]:
-        return self.store.verify(self.step, share, kinds={"master"})
+        damaged = self.store.verify(self.step, share, kinds={"master"})
+        return [line + self.store.advice(self.step) for line in damaged]
 
 
 def write_run(folder: Path, source: ModelSource, dtype: torch.dtype) -> dict[str, StoredFile]:
