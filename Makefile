@@ -4,6 +4,8 @@ VENV   ?= .venv
 # Test processes at a time, on two cores; many tests start up to four processes each, and many wait for a clock.
 WORKERS ?= 3
 PIP     = $(VENV)/bin/python -m pip
+# What an installation compiles.
+NATIVE  = $(wildcard harness/selection/native/*)
 
 .PHONY: demo test lint clean
 
@@ -23,11 +25,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 12) else "harness needs Python 3.11 or 3.12, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/bin/python
 	$(PIP) install -c constraints.txt -e .
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.installed-dev: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/bin/python
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	touch $@ $(VENV)/.installed
 

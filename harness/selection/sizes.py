@@ -1,0 +1,156 @@
+"""Exact sizes of gzip.compress(source + target, level) for one source and many targets.
+
+Three ways to the same numbers, of which the fastest that is right on this machine is used:
+
+- `native`: harness.selection.deflate_sizes, built from native/. It runs zlib's deflate on the source once, continues
+  with each target without writing output, and takes that back.
+- `zlib`: the same with a copy of Python's own compressor for each target.
+- `naive`: gzip.compress itself.
+
+The first two promise the bytes of zlib as Mark Adler's library makes them. A Python may be linked to another library
+of that interface (zlib-ng, Intel's, Cloudflare's), whose bytes differ: both are compared with gzip.compress on a fixed
+set of inputs before their first use in a process, and refused, with a line in the log, if one size is wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import logging
+import random
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+from .targets import Targets, check_level
+
+logger = logging.getLogger("harness.selection")
+
+GZIP_BYTES = 18
+"""A gzip file's header and trailer."""
+MIN_LOOKAHEAD = 262
+"""deflate looks for a repeat only with this many bytes ahead of it, until the input ends."""
+LONGEST_NATIVE = 1 << 30
+"""Bytes of source and target together that the kernel's 32-bit positions are good for."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """What computes sizes in this process, and why that."""
+
+    name: str
+    """native, zlib or naive."""
+    reason: str
+
+
+def compressed_sizes(
+    source: bytes, targets: Targets, level: int, implementation: str | None = None
+) -> tuple[int, np.ndarray]:
+    """C(x) and C(x⊕y) for every target y, int64 [targets], where C(z) = len(gzip.compress(z, level)).
+
+    `level` is 1 to 9, else HarnessError. `implementation` names one (for tests and measurements); by default it is
+    that of `current_implementation()`. The GIL is released while the native one works.
+    """
+    check_level(level)
+    name = implementation or current_implementation().name
+    if name == "native" and len(source) + targets.longest <= LONGEST_NATIVE:
+        return _sizes_by_kernel(source, targets, level)
+    if name == "naive":
+        sizes = [len(gzip.compress(source + target, level)) for target in targets]
+        return len(gzip.compress(source, level)), np.array(sizes, dtype=np.int64)
+    return _sizes_by_copies(source, targets, level)
+
+
+@functools.cache
+def current_implementation() -> Implementation:
+    """The fastest implementation that gives this Python's own sizes; found and logged once in a process."""
+    library = f"zlib {zlib.ZLIB_RUNTIME_VERSION}"
+    against = []
+    if _kernel() is None:
+        against.append("the native kernel was not built (its installation found no C compiler)")
+    elif _agrees("native"):
+        found = Implementation("native", f"it agrees with {library} on the inputs of the check")
+        logger.info("compressed sizes by %s: %s", found.name, found.reason)
+        return found
+    else:
+        against.append(f"the native kernel's sizes are not those of {library}, another deflate than it follows")
+    if not _agrees("zlib"):
+        against.append(f"{library} compresses a stream in parts to another size than in one call")
+    found = Implementation("naive" if len(against) > 1 else "zlib", "; ".join(against))
+    logger.warning("compressed sizes by %s, slower than by the native kernel: %s", found.name, found.reason)
+    return found
+
+
+def _kernel() -> ModuleType | None:
+    try:
+        from . import deflate_sizes
+    except ImportError:
+        return None
+    return deflate_sizes
+
+
+def _sizes_by_kernel(source: bytes, targets: Targets, level: int) -> tuple[int, np.ndarray]:
+    from . import deflate_sizes
+
+    if level not in targets.prepared:
+        targets.prepared[level] = deflate_sizes.prepare(targets.buffer, targets.offsets, level)
+    sizes = np.empty(len(targets), dtype=np.int64)
+    return deflate_sizes.sizes(targets.prepared[level], source, sizes), sizes
+
+
+def _sizes_by_copies(source: bytes, targets: Targets, level: int) -> tuple[int, np.ndarray]:
+    primed, written, rest = _prime(source, targets.longest, level)
+
+    def size(text: bytes) -> int:
+        stream = primed.copy()
+        return GZIP_BYTES + written + len(stream.compress(text)) + len(stream.flush())
+
+    return size(rest), np.array([size(rest + target) for target in targets], dtype=np.int64)
+
+
+def _prime(source: bytes, longest: int, level: int) -> tuple[zlib._Compress, int, bytes]:
+    """A raw stream that holds the source, how many bytes it has written, and the end of the source that it lacks."""
+    # A copy costs what its window costs. A window in which no repeat can be too far away gives the same bytes, if its
+    # hash table stays as large (memLevel).
+    fits = (bits for bits in range(9, 15) if (1 << bits) - MIN_LOOKAHEAD >= len(source) + longest)
+    stream = zlib.compressobj(level, zlib.DEFLATED, -next(fits, 15), zlib.DEF_MEM_LEVEL)
+    # deflate moves its window at these positions or behind them, a byte earlier where input runs out just then; and a
+    # window's first byte cannot be found again. So input must not run out there.
+    window = 1 << 15
+    first = 2 * window - MIN_LOOKAHEAD
+    end = len(source)
+    if end >= first and (end - first) % window < MIN_LOOKAHEAD:
+        end -= MIN_LOOKAHEAD
+    return stream, len(stream.compress(source[:end])), source[end:]
+
+
+def _agrees(implementation: str) -> bool:
+    """Whether an implementation gives gzip.compress's sizes on some hundred fixed inputs, in about 40 ms."""
+    for source, targets, level in _check_inputs():
+        found, expected = (compressed_sizes(source, targets, level, name) for name in (implementation, "naive"))
+        if found[0] != expected[0] or not np.array_equal(found[1], expected[1]):
+            return False
+    return True
+
+
+def _check_inputs() -> Iterator[tuple[bytes, Targets, int]]:
+    """Texts and bytes, short and long, over the ends of blocks and windows, at every level."""
+    generator = random.Random(8)
+    words = ["".join(generator.choices("etaoinshrdlu_(", k=generator.randint(1, 9))) for _ in range(150)]
+
+    def text(count: int) -> bytes:
+        return " ".join(generator.choices(words, k=count)).replace("u ", "\n    ").encode()
+
+    sources = [b"", b"a", text(50), text(350), generator.randbytes(400), b"ab" * 900 + text(9), text(60) * 5]
+    targets = Targets([b"", b"xy", text(45), text(110), sources[3][-200:] + text(5), sources[4][50:330]])
+    for level in range(1, 10):
+        for source in sources:
+            yield source, targets, level
+    few = Targets([text(60)])
+    skewed = bytes(byte & 31 for byte in generator.randbytes(16_380)) + text(20)
+    for level in (1, 4, 9):
+        yield skewed, few, level
+        yield generator.randbytes(300) * 220, few, level
