@@ -9,7 +9,6 @@ from .config import CorpusSection, DataSection, TokenizerSection
 from .evaluation import EvaluationWindows, text_bytes
 from .prepare import prepare, prepare_for_training
 from .prepared import Prepared, PreparedSplit, open_prepared
-from .progress import Progress
 from .stream import TokenStream
 from .tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 
@@ -21,7 +20,6 @@ __all__ = [
     "EvaluationWindows",
     "Prepared",
     "PreparedSplit",
-    "Progress",
     "TokenStream",
     "Tokenizer",
     "TokenizerSection",

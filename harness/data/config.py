@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from harness.config import Section
+from harness.text import TextSource
 
 TOKENIZER_FOLDER = "tokenizer"
 """The name beside the corpora in a prepared folder; so no corpus may have it."""
@@ -51,28 +52,11 @@ class TokenizerSection(Section):
         return self.kind == "sentencepiece" and self.path is None
 
 
-class CorpusSection(Section):
+class CorpusSection(TextSource):
     """One body of text: files to tokenize, or an existing Megatron dataset."""
 
     name: str
     """Name in the prepared folder, in metrics and in messages: letters, digits, `.`, `_`, `-`."""
-
-    source: tuple[str, ...] = ()
-    """Files, folders and globs to read. .jsonl and .parquet hold a document a line or row; any other ending is plain
-    UTF-8 text; .gz and .zst may follow. `~` and `${sysconfig:stdlib}` expand; relative to the working directory."""
-
-    suffixes: tuple[str, ...] = ()
-    """Endings of the files to take from a folder in `source`, such as [.py] or [.jsonl.zst]."""
-
-    exclude: tuple[str, ...] = ()
-    """Globs of files to leave out, matched against the path below the folder, the whole path, and the file's name;
-    `*` also crosses `/`."""
-
-    text_field: str = "text"
-    """Key (jsonl) or column (parquet) that holds a document's text."""
-
-    separator: str | None = Field(None, min_length=1)
-    """Text that separates documents inside a plain text file; null takes a whole file as one document."""
 
     max_document_bytes: int | None = Field(None, ge=16)
     """Longer documents are cut after a line end into documents of at most this many bytes; null cuts none. The parts
@@ -88,11 +72,6 @@ class CorpusSection(Section):
     split: tuple[float, ...] = (0.98, 0.01, 0.01)
     """For `indexed`: shares of train, validation and test, as consecutive ranges of its documents."""
 
-    @field_validator("source", "suffixes", "exclude", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
     @field_validator("name")
     @classmethod
     def _check_name(cls, value: str) -> str:
@@ -100,14 +79,6 @@ class CorpusSection(Section):
             raise ValueError(f"{value!r} cannot name a folder: use letters, digits, `.`, `_` and `-`")
         if value == TOKENIZER_FOLDER:
             raise ValueError(f"{value!r} is the tokenizer's place in the prepared folder; choose another name")
-        return value
-
-    @field_validator("suffixes")
-    @classmethod
-    def _check_suffixes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for suffix in value:
-            if not suffix.startswith("."):
-                raise ValueError(f"{suffix!r} should begin with a dot, such as .py or .jsonl.zst")
         return value
 
     @field_validator("split")

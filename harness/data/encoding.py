@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from harness.config import HarnessError
+from harness.text import map_in_processes
 
-from .readers import Document
+from .documents import Document
 from .tokenizer import Tokenizer, load_tokenizer
 
 BATCH_BYTES = 1 << 20
-BYTES_PER_WORKER = 32 << 20
-"""Text that keeps a process busy for longer than it takes to start."""
 PIECE_CHARACTERS = 1 << 20
 
 
@@ -40,14 +30,6 @@ class EncodedBatch:
     sizes: np.ndarray
 
 
-def choose_workers(asked: int | None, total_bytes: int) -> int:
-    """Number of processes for `total_bytes` of text; 1 means no extra process."""
-    if asked is not None:
-        return asked
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, total_bytes // BYTES_PER_WORKER))
-
-
 def encode_all(
     batches: Iterator[list[Document]], tokenizer: Tokenizer, folder: Path, workers: int
 ) -> Iterator[tuple[list[Document], EncodedBatch]]:
@@ -55,29 +37,11 @@ def encode_all(
     if workers == 1:
         for batch in batches:
             yield batch, encode_texts(tokenizer, [document.text for document in batch])
-        return
-    waiting: deque[tuple[list[Document], Future[EncodedBatch]]] = deque()
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (str(folder),))
-    try:
-        for batch in batches:
-            waiting.append((batch, pool.submit(_encode_in_worker, [document.text for document in batch])))
-            if len(waiting) > 3 * workers:  # bounds the memory
-                yield _finish(waiting)
-        while waiting:
-            yield _finish(waiting)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _finish(waiting: deque[tuple[list[Document], Future[EncodedBatch]]]) -> tuple[list[Document], EncodedBatch]:
-    batch, future = waiting.popleft()
-    try:
-        return batch, future.result()
-    except BrokenProcessPool:
-        raise HarnessError(
-            "a tokenizing process ended early (out of memory, or started from a script without "
-            "`if __name__ == '__main__':`); set data.workers lower, 1 for none"
-        ) from None
+    else:
+        work = ((batch, [document.text for document in batch]) for batch in batches)
+        yield from map_in_processes(
+            work, _encode_in_worker, workers, _start_worker, (str(folder),), setting="data.workers"
+        )
 
 
 def batch_documents(documents: Iterator[Document]) -> Iterator[list[Document]]:
@@ -129,17 +93,7 @@ _tokenizer: Tokenizer | None = None
 
 def _start_worker(folder: str) -> None:
     global _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    threading.Thread(target=_die_with_parent, daemon=True).start()
     _tokenizer = load_tokenizer(Path(folder))
-
-
-def _die_with_parent() -> None:
-    """A killed parent closes no pool, and its workers would wait for work for ever."""
-    parent: Any = multiprocessing.parent_process()
-    parent.join()
-    os._exit(1)
 
 
 def _encode_in_worker(texts: list[str]) -> EncodedBatch:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import HarnessError
+from harness.text import Problem, Progress, SourceFile, choose_workers, find_files, import_parquet
 
 from .config import TOKENIZER_FOLDER, CorpusSection, DataSection
-from .encoding import batch_documents, choose_workers, encode_all
+from .documents import Document, read_documents
+from .encoding import batch_documents, encode_all
 from .prepared import Prepared, find_missing, open_prepared
-from .progress import Progress
-from .readers import Document, Problem, import_parquet, read_documents
 from .record import describe_source, text_settings, write_record
-from .sources import SourceFile, find_files
 from .splits import split_of
 from .tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 from .tokenizer_training import TrainingSample, train_sentencepiece

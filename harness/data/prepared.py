@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from harness.config import HarnessError
+from harness.text import SourceFile
 
 from .config import TOKENIZER_FOLDER, CorpusSection, DataSection
 from .indexed import IndexedTokens
 from .record import find_difference, read_record
-from .sources import SourceFile
 from .splits import SPLITS
 from .tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 from .trained import find_tokenizer_difference

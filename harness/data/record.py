@@ -8,9 +8,9 @@ from typing import Any
 
 from harness.config import HarnessError
 from harness.disk import sha256_of
+from harness.text import SourceFile
 
 from .config import CorpusSection, DataSection
-from .sources import SourceFile
 
 RECORD = "prepared.json"
 FORMAT = 1
@@ -19,8 +19,10 @@ FORMAT = 1
 
 def text_settings(config: DataSection, corpus: CorpusSection) -> dict[str, Any]:
     """The settings, sources and tokenizer aside, that decide which documents stand in which split."""
+    several = len(corpus.text_fields) > 1
     return {
-        "text_field": corpus.text_field,
+        "text_field": list(corpus.text_fields) if several else corpus.text_fields[0],
+        **({"joined_by": corpus.joined_by} if several else {}),
         "separator": corpus.separator,
         "max_document_bytes": corpus.max_document_bytes,
         "validation_share": config.validation_share,

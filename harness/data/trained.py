@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import HarnessError
+from harness.text import SourceFile
 
 from .config import DataSection
 from .record import compare_settings, text_settings
-from .sources import SourceFile
 from .tokenizer import Tokenizer
 
 TRAINING = "training.json"

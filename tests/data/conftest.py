@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.data import DataSection, Prepared, Progress, prepare
+from harness.data import DataSection, Prepared, prepare
+from harness.text import Progress
 from tests.data.helpers import write_jsonl
 
 

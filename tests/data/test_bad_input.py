@@ -13,8 +13,9 @@ import pytest
 import zstandard
 
 from harness.config import ConfigError, HarnessError, validate
-from harness.data import DataSection, EvaluationWindows, Progress, TokenStream, prepare, text_bytes
+from harness.data import DataSection, EvaluationWindows, TokenStream, prepare, text_bytes
 from harness.data.splits import SPLITS
+from harness.text import Progress
 from tests.data.helpers import random_documents, write_jsonl
 
 MakeConfig = Callable[..., DataSection]

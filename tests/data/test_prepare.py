@@ -20,11 +20,12 @@ import pytest
 import zstandard
 
 from harness.config import HarnessError
-from harness.data import DataSection, Prepared, Progress, open_prepared, prepare, text_bytes
-from harness.data.encoding import BYTES_PER_WORKER, choose_workers
-from harness.data.progress import LINE_SECONDS
+from harness.data import DataSection, Prepared, open_prepared, prepare, text_bytes
+from harness.text.workers import BYTES_PER_WORKER, choose_workers
 from harness.data.splits import SPLITS
 from harness.data.writer import PARTIAL, CorpusWriter
+from harness.text import Progress
+from harness.text.progress import LINE_SECONDS
 from tests.data.helpers import random_documents, random_text, write_jsonl
 
 MakeConfig = Callable[..., DataSection]
@@ -315,7 +316,7 @@ def test_text_that_a_tokenizer_changes_is_counted(tmp_path: Path, make_config: M
 def test_progress_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Off a terminal: a line when enough time has gone by, none otherwise."""
     now = [0.0]
-    monkeypatch.setattr("harness.data.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("harness.text.progress.time.monotonic", lambda: now[0])
     said = io.StringIO()
     with Progress(said).work("reading", 4_000_000) as advance:
         advance(1_000_000)

@@ -13,8 +13,9 @@ import pytest
 import zstandard
 
 from harness.config import validate
-from harness.data import DataSection, Progress, prepare, text_bytes
+from harness.data import DataSection, prepare, text_bytes
 from harness.data.splits import SPLITS
+from harness.text import Progress
 
 pytestmark = pytest.mark.needs_data
 

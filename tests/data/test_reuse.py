@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from harness.config import HarnessError
-from harness.data import DataSection, Progress, open_prepared, prepare, prepare_for_training
+from harness.data import DataSection, open_prepared, prepare, prepare_for_training
 from harness.data.writer import locked
+from harness.text import Progress
 from tests.data.helpers import random_documents, write_jsonl
 
 MakeConfig = Callable[..., DataSection]

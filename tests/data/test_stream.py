@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from harness.config import HarnessError
-from harness.data import IGNORED, Batch, DataSection, Prepared, Progress, TokenStream, prepare
+from harness.data import IGNORED, Batch, DataSection, Prepared, TokenStream, prepare
 from harness.data.batch import make_batch
 from harness.data.blend import FIRST_SIZE, Blend
 from harness.data.prepared import PreparedSplit
 from harness.data.samples import CorpusSamples
 from harness.data.stream import _take
+from harness.text import Progress
 from tests.data.helpers import random_documents
 
 MakeConfig = Callable[..., DataSection]

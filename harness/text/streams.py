@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from .sources import SourceFile
+from .files import SourceFile
 
 STREAM_ERRORS = (OSError, EOFError, zlib.error)
 """What reading a damaged or unreadable file raises here."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.data import CorpusSection
-from harness.data.sources import expand, find_files
+from harness.text.files import expand, find_files
 
 
 def names(folder: Path, **fields: object) -> list[str]:
