@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from harness.config.errors import HarnessError
 
 
 def sync(path: Path) -> None:
@@ -20,3 +24,37 @@ def sha256_of(path: Path) -> str:
     """The digest of a file's bytes, in hexadecimal. Raises OSError where it cannot be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace `path`: whatever happens, it holds the old content or the new, flushed to the disk."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    sync(path.parent)
+
+
+@contextmanager
+def locked(folder: Path, work: str, advice: str) -> Iterator[None]:
+    """Hold a folder for this process; the lock ends with the process, however that ends.
+
+    HarnessError where another one holds it: `work` says what it does there, `advice` what else to do.
+    """
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise HarnessError(
+                f"{folder}: process {file.read().strip() or '?'} is {work} here; wait for it, or {advice}"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -20,6 +20,7 @@ LAYERS = [
     {"settings", "model_folder"},
     {"start"},
     {"train"},
+    {"studies"},
     {"cli", "launcher"},
     {"__main__"},
 ]

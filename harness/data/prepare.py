@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import HarnessError
+from harness.disk import locked
 from harness.text import Problem, Progress, SourceFile, choose_workers, find_files, import_parquet
 
 from .config import TOKENIZER_FOLDER, CorpusSection, DataSection
@@ -19,7 +20,7 @@ from .splits import split_of
 from .tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 from .tokenizer_training import TrainingSample, train_sentencepiece
 from .trained import TRAINING, training_settings
-from .writer import CorpusWriter, locked, remove_partial, writing
+from .writer import CorpusWriter, remove_partial, writing
 
 SHOWN_PROBLEMS = 10
 KEPT_PROBLEMS = 100
@@ -39,7 +40,7 @@ def prepare(config: DataSection, *, progress: Progress | None = None) -> Prepare
     if find_missing(config, files):
         folder = config.folder_path
         try:
-            with locked(folder):
+            with locked(folder, "preparing data", "choose another data.folder"):
                 remove_partial(folder)
                 _fill(folder, config, files, progress)
         except OSError as error:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from harness.config import HarnessError
 from harness.disk import sync
 
 from .megatron import import_indexed_dataset
@@ -78,27 +77,3 @@ def remove_partial(folder: Path) -> None:
     """Delete what interrupted runs left in a prepared folder; only under its lock."""
     for partial in folder.glob(PARTIAL + "*"):
         shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a prepared folder for this process. Raises HarnessError where another one holds it.
-
-    The lock ends with the process, however that ends.
-    """
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise HarnessError(
-                f"{folder}: process {file.read().strip() or '?'} is preparing data here; wait for it, or choose "
-                "another data.folder"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield

@@ -9,23 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.disk import sync
-
 from .errors import RunError
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 """JSON has no such numbers: they are written as these texts, which float() and JavaScript's Number() read too."""
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Replace `path`: whatever happens, it holds the old content or the new, flushed to the disk."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    sync(path.parent)
 
 
 def encode_line(record: dict[str, Any]) -> bytes:

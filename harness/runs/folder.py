@@ -25,10 +25,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from harness.disk import write_whole
+
 from .environment import describe_environment
 from .errors import RunError
 from .event_files import EventFileWriter, existing_files
-from .files import JsonLinesFile, read_lines, write_whole
+from .files import JsonLinesFile, read_lines
 from .lock import FolderLock
 
 logger = logging.getLogger(__name__)

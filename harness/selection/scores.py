@@ -9,18 +9,23 @@ With C(z) = len(gzip.compress(z, level)), x a document, y a target and ⊕ for o
 - `gain`: how much smaller a document becomes behind a sample of the targets.
 
 deflate sees 32 KiB back: of a longer document only the last 32 KiB can share anything with a target behind it.
+
+These are the plain functions, over whole documents; methods.py has the same scores over other compressors, windows and
+batches, by the same formulas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import numpy as np
 
-from .sizes import compressed_sizes
+from .codecs import Codec
 from .targets import Targets, encode
 
+PAIRS_A_BATCH = 1 << 16
 DOCUMENTS_A_BATCH = 64
 
 
@@ -34,14 +39,15 @@ def ncd_alignment(
     Information Theory 51, 2005). Since C(x) + C(y) = min + max, this is the mean of I(x, y) / max(C(x), C(y)).
 
     `level` is gzip's, 1 to 9; the paper names none, and its ablation favours low ones. Strings are encoded as UTF-8.
-    HarnessError for another level, for no targets and for a string without an encoding.
+    The sum is correctly rounded, so it is the same on every machine and in every order of the targets. HarnessError for
+    another level, for no targets and for a string without an encoding.
     """
-    return _scores(sources, targets, level, lambda cx, cy, cxy: 1 - np.mean((cxy - _least(cx, cy)) / _most(cx, cy)))
+    return _over_pairs("ncd", sources, targets, level)
 
 
 def coverage(sources: Iterable[bytes | str], targets: Targets | Iterable[bytes | str], level: int = 9) -> np.ndarray:
     """Mean over the targets of I(x, y) / min(C(x), C(y)): float64 [sources]; like `ncd_alignment` in all else."""
-    return _scores(sources, targets, level, lambda cx, cy, cxy: np.mean((cx + cy - cxy) / _least(cx, cy)))
+    return _over_pairs("coverage", sources, targets, level)
 
 
 def gain(
@@ -55,38 +61,65 @@ def gain(
     W is the beginning of all targets, one behind the other, `context_bytes` long at most: with deflate's 32 KiB there
     is no use in more, and a document loses sight of it from its own 32 KiB on. Raises what `ncd_alignment` does.
     """
-    context = _as_targets(targets).buffer[:context_bytes]
-    scores: list[np.ndarray] = []
-    documents = iter(sources)
-    while batch := list(islice(documents, DOCUMENTS_A_BATCH)):
-        texts = Targets(batch)  # the context comes first here, so the documents are what follows it
-        alone, behind = compressed_sizes(context, texts, level)
-        scores.append(1 - (behind - alone) / texts.sizes(level))
-    return np.concatenate([np.empty(0), *scores])
+    codec, context = Codec("gzip", level), as_targets(targets).buffer[:context_bytes]
+    return _joined(gains(codec, batch, context) for batch in _batches(sources, DOCUMENTS_A_BATCH))
 
 
-def _as_targets(targets: Targets | Iterable[bytes | str]) -> Targets:
+def pair_terms(method: str, cx: np.ndarray, cy: np.ndarray, cxy: np.ndarray) -> np.ndarray:
+    """What is averaged over the targets: NCD(x, y) for ncd, I / min(C(x), C(y)) for coverage: float64.
+
+    `cx`, `cy` and `cxy` are sizes in bytes, int64, of shapes that go together.
+    """
+    if method == "ncd":
+        return (cxy - np.minimum(cx, cy)) / np.maximum(cx, cy)
+    return (cx + cy - cxy) / np.minimum(cx, cy)
+
+
+def pair_scores(
+    method: str, codec: Codec, texts: list[bytes], targets: Targets, target_sizes: np.ndarray
+) -> np.ndarray:
+    """`ncd` or `coverage` of every text over all targets, whose C(y) are `target_sizes`: float64 [texts]."""
+    scores = []
+    step = max(1, PAIRS_A_BATCH // len(targets))
+    for start in range(0, len(texts), step):
+        alone, together = codec.pair_sizes(texts[start : start + step], targets)
+        scores += [exact_mean(terms) for terms in pair_terms(method, alone[:, None], target_sizes, together)]
+    means = np.array(scores, dtype=np.float64)
+    return 1 - means if method == "ncd" else means
+
+
+def gains(codec: Codec, texts: list[bytes], context: bytes) -> np.ndarray:
+    """`gain` of every text behind a context: float64 [texts]."""
+    if not texts:
+        return np.empty(0)
+    # The context comes first here, so the texts are what follows it.
+    alone, behind = codec.pair_sizes([context], Targets(texts))
+    return 1 - (behind[0] - alone[0]) / codec.sizes(texts)
+
+
+def exact_mean(terms: np.ndarray) -> float:
+    """The correctly rounded sum of float64 [terms], divided by their number: no order of adding shows in it."""
+    return math.fsum(terms.tolist()) / len(terms)
+
+
+def as_targets(targets: Targets | Iterable[bytes | str]) -> Targets:
     return targets if isinstance(targets, Targets) else Targets(targets)
 
 
-def _scores(
-    sources: Iterable[bytes | str],
-    targets: Targets | Iterable[bytes | str],
-    level: int,
-    score: Callable[[int, np.ndarray, np.ndarray], float],
+def _over_pairs(
+    method: str, sources: Iterable[bytes | str], targets: Targets | Iterable[bytes | str], level: int
 ) -> np.ndarray:
-    targets = _as_targets(targets)
+    codec, targets = Codec("gzip", level), as_targets(targets)
     own = targets.sizes(level)
-    scores = []
-    for source in sources:
-        alone, together = compressed_sizes(encode(source), targets, level)
-        scores.append(score(alone, own, together))
-    return np.array(scores, dtype=np.float64)
+    batches = _batches(sources, DOCUMENTS_A_BATCH)
+    return _joined(pair_scores(method, codec, batch, targets, own) for batch in batches)
 
 
-def _least(cx: int, cy: np.ndarray) -> np.ndarray:
-    return np.minimum(cx, cy)
+def _batches(sources: Iterable[bytes | str], count: int) -> Iterator[list[bytes]]:
+    texts = (encode(source) for source in sources)
+    while batch := list(islice(texts, count)):
+        yield batch
 
 
-def _most(cx: int, cy: np.ndarray) -> np.ndarray:
-    return np.maximum(cx, cy)
+def _joined(scores: Iterator[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.empty(0), *scores])

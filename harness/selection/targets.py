@@ -33,6 +33,11 @@ def check_level(level: int) -> None:
         raise HarnessError(f"level {level}: gzip has levels 1 to 9")
 
 
+def joined(texts: Sequence[bytes]) -> tuple[bytes, np.ndarray]:
+    """Texts in one buffer, and where each begins and ends in it: int64, one more than there are texts."""
+    return b"".join(texts), np.cumsum([0, *map(len, texts)], dtype=np.int64)
+
+
 class Targets:
     """Target texts in one buffer, with their own compressed sizes; made once, used for every document.
 
@@ -44,8 +49,7 @@ class Targets:
         encoded = [encode(text) for text in texts]
         if not encoded:
             raise HarnessError("no targets: a score needs at least one text to compare with")
-        self.buffer = b"".join(encoded)
-        self.offsets = np.cumsum([0] + [len(text) for text in encoded], dtype=np.int64)
+        self.buffer, self.offsets = joined(encoded)
         self._sizes: dict[int, np.ndarray] = {}
         self.prepared: dict[int, Any] = {}
         """By level: what sizes.py's native kernel keeps of them."""

@@ -6,13 +6,14 @@ then records.py (what a file's records are). Light: nothing here imports torch.
 
 from .files import SourceFile, find_files
 from .progress import Progress
-from .records import Problem, Record, Unusable, fields_of_line, import_parquet, place_of, read_records, text_of
+from .records import Content, Problem, Record, Unusable, fields_of_line, import_parquet, place_of, read_records, text_of
 from .source import TextSource
 from .streams import STREAM_ERRORS, open_stream
 from .workers import available_cores, choose_workers, map_in_processes
 
 __all__ = [
     "STREAM_ERRORS",
+    "Content",
     "Problem",
     "Progress",
     "Record",

@@ -170,15 +170,15 @@ def test_the_kernel_is_refused_where_gzip_gives_other_bytes(
 ) -> None:
     """As with zlib-ng in zlib's place: one level's sizes differ by a byte for one kind of input."""
 
-    def kernel(source: bytes, targets: Targets, level: int) -> tuple[int, np.ndarray]:
-        alone, together = by_kernel(source, targets, level)
-        return alone, together + (level == wrong_at and len(source) > 60_000)
+    def kernel(sources: list[bytes], targets: Targets, level: int) -> tuple[np.ndarray, np.ndarray]:
+        alone, together = by_kernel(sources, targets, level)
+        return alone, together + (level == wrong_at and len(sources[0]) > 60_000)
 
     by_kernel = sizes._sizes_by_kernel
     monkeypatch.setattr(sizes, "_sizes_by_kernel", kernel)
     assert current_implementation().name == "zlib"
     assert "the native kernel's sizes are not those of zlib" in caplog.text
-    monkeypatch.setattr(sizes, "_sizes_by_copies", lambda source, targets, level: (1, np.ones(len(targets), np.int64)))
+    monkeypatch.setattr(sizes, "_sizes_by_copies", lambda source, targets, level: [1] * (1 + len(targets)))
     current_implementation.cache_clear()
     assert current_implementation().name == "naive"
     targets = Targets([CODE[:500], b""])
@@ -229,18 +229,29 @@ def test_the_kernel_refuses_buffers_that_do_not_fit() -> None:
 
     offsets = np.array([0, 2, 4])
     prepared = deflate_sizes.prepare(b"abcd", offsets, 9)
-    for out in (np.empty(1, np.int64), np.empty(3, np.int64)):
-        with pytest.raises(ValueError, match="one int64 a target"):
-            deflate_sizes.sizes(prepared, b"abc", out)
+    one, two, three = (np.empty(count, np.int64) for count in (1, 2, 3))
+    source = np.array([0, 3])
+    for alone, together in ((two, two), (one, one), (one, three)):
+        with pytest.raises(ValueError, match="one int64 a source"):
+            deflate_sizes.sizes(prepared, b"abc", source, alone, together)
+    weights = np.zeros(1 << 16, np.uint16)
     for wrong in ([0, 3, 2], [0, 2, 5], [1, 2, 4], [0, 5, 4], [0, -1, 4]):
         with pytest.raises(ValueError, match="must ascend"):
             deflate_sizes.prepare(b"abcd", np.array(wrong), 9)
+        with pytest.raises(ValueError, match="must ascend"):
+            deflate_sizes.sizes(prepared, b"abcd", np.array(wrong), two, np.empty(4, np.int64))
+        with pytest.raises(ValueError, match="must ascend"):
+            deflate_sizes.grams(weights, b"abcd", np.array(wrong), np.empty(4, np.int64))
+    with pytest.raises(ValueError, match="65,536"):
+        deflate_sizes.grams(weights[1:], b"abc", source, two)
+    with pytest.raises(ValueError, match="two int64 a source"):
+        deflate_sizes.grams(weights, b"abc", source, one)
     with pytest.raises(ValueError, match="one more than"):
         deflate_sizes.prepare(b"abcd", b"", 9)
     with pytest.raises(ValueError, match="1 to 9"):
         deflate_sizes.prepare(b"abcd", offsets, 0)
     with pytest.raises(BufferError):
-        deflate_sizes.sizes(prepared, b"abc", bytes(16))
+        deflate_sizes.sizes(prepared, b"abc", source, one, bytes(16))
 
 
 def test_targets() -> None:

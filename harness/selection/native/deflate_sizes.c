@@ -9,6 +9,7 @@
 
 #include <stdlib.h>
 
+#include "grams.h"
 #include "stream.h"
 
 #define LONGEST ((int64_t)1 << 30) /* positions are 32 bits wide */
@@ -78,11 +79,35 @@ static int survey_all(Prepared *prepared)
     return 0;
 }
 
+/* Whether `offsets` (so many bytes of int64) ascend from 0 to `end`, and the longest text between two: 0, or -1 with an
+   exception. */
+static int check_offsets(const int64_t *offsets, int64_t bytes, int64_t end, int64_t *longest)
+{
+    *longest = 0;
+    if (bytes < 8 || bytes % 8) {
+        PyErr_SetString(PyExc_ValueError, "offsets are int64, one more than there are texts");
+        return -1;
+    }
+    int64_t count = bytes / 8 - 1;
+    int ordered = offsets[0] == 0 && offsets[count] == end;
+    for (int64_t j = 0; j < count && ordered; j++) {
+        int64_t length = offsets[j + 1] - offsets[j];
+        ordered = length >= 0;
+        if (length > *longest)
+            *longest = length;
+    }
+    if (!ordered)
+        PyErr_SetString(PyExc_ValueError, "offsets must ascend from 0 to the buffer's end");
+    return ordered ? 0 : -1;
+}
+
 /* Copies of both buffers, checked: 0, or -1 with an exception. */
 static int take_targets(Prepared *prepared, const Py_buffer *bytes, const Py_buffer *offsets)
 {
-    if (offsets->len < 8 || offsets->len % 8) {
-        PyErr_SetString(PyExc_ValueError, "offsets are int64, one more than there are targets");
+    if (check_offsets(offsets->buf, offsets->len, bytes->len, &prepared->longest) < 0)
+        return -1;
+    if (prepared->longest > LONGEST) {
+        PyErr_SetString(PyExc_ValueError, "a target holds 1 GiB at most");
         return -1;
     }
     prepared->count = offsets->len / 8 - 1;
@@ -95,17 +120,6 @@ static int take_targets(Prepared *prepared, const Py_buffer *bytes, const Py_buf
     }
     memcpy(prepared->bytes, bytes->buf, (size_t)bytes->len);
     memcpy(prepared->offsets, offsets->buf, (size_t)offsets->len);
-    int ordered = prepared->offsets[0] == 0 && prepared->offsets[prepared->count] == bytes->len;
-    for (int64_t j = 0; j < prepared->count && ordered; j++) {
-        int64_t length = prepared->offsets[j + 1] - prepared->offsets[j];
-        ordered = length >= 0;
-        if (length > prepared->longest)
-            prepared->longest = length;
-    }
-    if (!ordered || prepared->longest > LONGEST) {
-        PyErr_SetString(PyExc_ValueError, "offsets must ascend from 0 to the buffer's end, a target hold 1 GiB at most");
-        return -1;
-    }
     return 0;
 }
 
@@ -167,61 +181,151 @@ static int64_t measure(const Prepared *prepared, Work *work, const uint8_t *sour
     return size_with(work, source, 0, NULL);
 }
 
-PyDoc_STRVAR(sizes_doc, "sizes(prepared, source, out) -> int\n\n"
-                        "out: a writable int64 buffer with room for one number a target, which becomes\n"
-                        "len(gzip.compress(source + target, level)); returns len(gzip.compress(source, level)).");
+/* Texts one behind the other, as Python hands them over. */
+typedef struct {
+    Py_buffer bytes, offsets;
+    const int64_t *starts; /* count + 1 */
+    int64_t count, longest;
+} Texts;
+
+static void release_texts(Texts *texts)
+{
+    PyBuffer_Release(&texts->bytes);
+    PyBuffer_Release(&texts->offsets);
+}
+
+/* 0, or -1 with an exception. */
+static int take_texts(Texts *texts, PyObject *bytes, PyObject *offsets)
+{
+    if (PyObject_GetBuffer(bytes, &texts->bytes, PyBUF_SIMPLE) < 0)
+        return -1;
+    if (PyObject_GetBuffer(offsets, &texts->offsets, PyBUF_SIMPLE) < 0) {
+        PyBuffer_Release(&texts->bytes);
+        return -1;
+    }
+    texts->starts = texts->offsets.buf;
+    texts->count = texts->offsets.len / 8 - 1;
+    if (check_offsets(texts->starts, texts->offsets.len, texts->bytes.len, &texts->longest) < 0) {
+        release_texts(texts);
+        return -1;
+    }
+    return 0;
+}
+
+/* A writable buffer for so many bytes: 0, or -1 with an exception that says what it is for. */
+static int take_output(Py_buffer *out, PyObject *argument, int64_t bytes, const char *wanted)
+{
+    if (PyObject_GetBuffer(argument, out, PyBUF_WRITABLE) < 0)
+        return -1;
+    if (out->len != bytes) {
+        PyBuffer_Release(out);
+        PyErr_SetString(PyExc_ValueError, wanted);
+        return -1;
+    }
+    return 0;
+}
+
+/* All sizes of all texts: 0, or -1 without memory. Holds no lock meanwhile. */
+static int measure_all(Prepared *prepared, const Texts *texts, int64_t *alone, int64_t *together)
+{
+    Work *work = NULL;
+    if (prepared->spare_room >= texts->longest) {
+        work = prepared->spare;
+        prepared->spare = NULL;
+    }
+    int64_t room = work ? prepared->spare_room : larger((int32_t)texts->longest, 1 << 16);
+    Py_BEGIN_ALLOW_THREADS;
+    if (!work)
+        work = new_work(room, prepared->longest);
+    for (int64_t i = 0; work && i < texts->count; i++) {
+        const uint8_t *text = (const uint8_t *)texts->bytes.buf + texts->starts[i];
+        int32_t length = (int32_t)(texts->starts[i + 1] - texts->starts[i]);
+        alone[i] = measure(prepared, work, text, length, together + i * prepared->count);
+    }
+    Py_END_ALLOW_THREADS;
+    if (!work)
+        return -1;
+    free_work(prepared->spare);
+    prepared->spare = work;
+    prepared->spare_room = room;
+    return 0;
+}
+
+PyDoc_STRVAR(sizes_doc, "sizes(prepared, sources, offsets, alone, together)\n\n"
+                        "sources and offsets: like prepare's. alone, a writable int64 buffer with room for a number a\n"
+                        "source, becomes len(gzip.compress(source, level)); together, with room for one a source and\n"
+                        "target, len(gzip.compress(source + target, level)), a source's one behind the other.");
 
 static PyObject *sizes(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t n)
 {
-    if (n != 3) {
-        PyErr_SetString(PyExc_TypeError, "sizes(prepared, source, out)");
+    if (n != 5) {
+        PyErr_SetString(PyExc_TypeError, "sizes(prepared, sources, offsets, alone, together)");
         return NULL;
     }
     Prepared *prepared = PyCapsule_GetPointer(arguments[0], CAPSULE);
-    if (!prepared)
+    Texts texts;
+    if (!prepared || take_texts(&texts, arguments[1], arguments[2]) < 0)
         return NULL;
-    Py_buffer source, out;
-    if (PyObject_GetBuffer(arguments[1], &source, PyBUF_SIMPLE) < 0)
-        return NULL;
-    if (PyObject_GetBuffer(arguments[2], &out, PyBUF_WRITABLE) < 0) {
-        PyBuffer_Release(&source);
-        return NULL;
-    }
     PyObject *result = NULL;
-    if (out.len != prepared->count * 8) {
-        PyErr_SetString(PyExc_ValueError, "out needs one int64 a target");
-    } else if (source.len + prepared->longest > LONGEST) {
-        PyErr_SetString(PyExc_ValueError, "source and target hold 1 GiB at most");
-    } else {
-        Work *work = NULL;
-        if (prepared->spare_room >= source.len) {
-            work = prepared->spare;
-            prepared->spare = NULL;
+    Py_buffer alone, together;
+    if (take_output(&alone, arguments[3], texts.count * 8, "alone needs one int64 a source") == 0) {
+        int64_t pairs = texts.count * prepared->count;
+        if (take_output(&together, arguments[4], pairs * 8, "together needs one int64 a source and target") == 0) {
+            if (texts.longest + prepared->longest > LONGEST)
+                PyErr_SetString(PyExc_ValueError, "source and target hold 1 GiB at most");
+            else if (measure_all(prepared, &texts, alone.buf, together.buf) < 0)
+                PyErr_NoMemory();
+            else
+                result = Py_NewRef(Py_None);
+            PyBuffer_Release(&together);
         }
-        int64_t room = work ? prepared->spare_room : larger((int32_t)source.len, 1 << 16), size = 0;
-        Py_BEGIN_ALLOW_THREADS;
-        if (!work)
-            work = new_work(room, prepared->longest);
-        if (work)
-            size = measure(prepared, work, source.buf, (int32_t)source.len, out.buf);
-        Py_END_ALLOW_THREADS;
-        if (work) {
-            free_work(prepared->spare);
-            prepared->spare = work;
-            prepared->spare_room = room;
-            result = PyLong_FromLongLong(size);
-        } else {
-            PyErr_NoMemory();
-        }
+        PyBuffer_Release(&alone);
     }
-    PyBuffer_Release(&source);
-    PyBuffer_Release(&out);
+    release_texts(&texts);
+    return result;
+}
+
+PyDoc_STRVAR(grams_doc, "grams(weights, sources, offsets, out)\n\n"
+                        "weights: uint16 [65536], of every hash of four bytes; sources and offsets: like prepare's. out,\n"
+                        "a writable int64 buffer with room for two numbers a source, becomes how many different hashes\n"
+                        "it has, and the sum of their weights.");
+
+static PyObject *grams(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t n)
+{
+    if (n != 4) {
+        PyErr_SetString(PyExc_TypeError, "grams(weights, sources, offsets, out)");
+        return NULL;
+    }
+    Texts texts;
+    if (take_texts(&texts, arguments[1], arguments[2]) < 0)
+        return NULL;
+    PyObject *result = NULL;
+    Py_buffer weights, out;
+    if (PyObject_GetBuffer(arguments[0], &weights, PyBUF_SIMPLE) == 0) {
+        if (weights.len != GRAM_HASHES * 2) {
+            PyErr_SetString(PyExc_ValueError, "weights are uint16, 65,536 of them");
+        } else if (take_output(&out, arguments[3], texts.count * 16, "out needs two int64 a source") == 0) {
+            int64_t *numbers = out.buf;
+            Py_BEGIN_ALLOW_THREADS;
+            for (int64_t i = 0; i < texts.count; i++) {
+                const uint8_t *text = (const uint8_t *)texts.bytes.buf + texts.starts[i];
+                int64_t length = texts.starts[i + 1] - texts.starts[i];
+                numbers[2 * i] = count_grams(weights.buf, text, length, &numbers[2 * i + 1]);
+            }
+            Py_END_ALLOW_THREADS;
+            PyBuffer_Release(&out);
+            result = Py_NewRef(Py_None);
+        }
+        PyBuffer_Release(&weights);
+    }
+    release_texts(&texts);
     return result;
 }
 
 static PyMethodDef METHODS[] = {
     {"prepare", (PyCFunction)(void (*)(void))prepare, METH_FASTCALL, prepare_doc},
     {"sizes", (PyCFunction)(void (*)(void))sizes, METH_FASTCALL, sizes_doc},
+    {"grams", (PyCFunction)(void (*)(void))grams, METH_FASTCALL, grams_doc},
     {NULL, NULL, 0, NULL},
 };
 

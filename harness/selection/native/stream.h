@@ -160,17 +160,30 @@ static int64_t finish(State *state, const uint8_t *text)
     return GZIP_BYTES + (state->bits + 7) / 8;
 }
 
+/* Empty the chains. Of a short text, only those that it entered anything in: to write all of them takes longer than to
+   compress it. */
+static void forget_source(Work *work)
+{
+    Search *search = &work->search;
+    if (work->next_to_enter > HASH_SIZE / 8) {
+        clear_chains(search);
+        return;
+    }
+    for (int32_t i = 0; i < work->next_to_enter; i++)
+        search->chains[hash_at(search->text + i)] = (Chain){-1, 0};
+}
+
 /* Bring the source into `work->search.text` (room for it, the longest target and PADDING) and compress it as far as
    no target can change what is done. */
 static void prime(Work *work, const Level *level, const uint8_t *source, int32_t length)
 {
     Search *search = &work->search;
+    forget_source(work);
     search->level = level;
     search->source_length = search->length = length;
     search->sites = NULL;
     memcpy(search->text, source, (size_t)length);
     memset(search->text + length, 0, PADDING);
-    clear_chains(search);
     work->next_to_enter = 0;
     State *state = &work->primed;
     memset(state, 0, sizeof *state);

@@ -1,0 +1,158 @@
+"""The pool as shards of records: what is scored and written together, and where each record stands."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from harness.config import HarnessError
+from harness.text import Problem, SourceFile, TextSource, find_files, place_of, read_records
+from harness.text import Record as FileRecord
+
+from .config import PoolSection, TargetSection
+
+FILES_A_SHARD = 2000
+"""Text files that are scored together; each jsonl or parquet file is a shard of its own."""
+PART_ROWS = 1 << 16
+"""Rows whose results lie in one file: what a restart may have to do again."""
+BATCH_BYTES = 1 << 18
+"""Of records that go to a worker process at once."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One jsonl or parquet file, or a number of text files."""
+
+    number: int
+    files: tuple[SourceFile, ...]
+
+    @property
+    def format(self) -> str:
+        """text, jsonl or parquet."""
+        return self.files[0].format
+
+    @property
+    def bytes_on_disk(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolRecord:
+    """A record and its row: its number in the shard, from 0, in the order of the files."""
+
+    row: int
+    file: SourceFile
+    record: FileRecord
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Records of one part of a shard, for one call of a worker."""
+
+    part: int
+    records: list[PoolRecord]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 [records]."""
+        return np.array([record.row for record in self.records], dtype=np.int64)
+
+
+class Pool:
+    """The files of a pool, in the order of their paths."""
+
+    def __init__(self, section: PoolSection) -> None:
+        self.section = section
+        files = find_files(section)
+        self.root = Path(os.path.commonpath([file.path.absolute().parent for file in files]))
+        """The folder that names are relative to."""
+        texts = [file for file in files if file.format == "text"]
+        groups: list[tuple[SourceFile, ...]] = [(file,) for file in files if file.format != "text"]
+        groups += [tuple(texts[start : start + FILES_A_SHARD]) for start in range(0, len(texts), FILES_A_SHARD)]
+        self.shards = [Shard(number, group) for number, group in enumerate(groups)]
+
+    @property
+    def files(self) -> list[SourceFile]:
+        return [file for shard in self.shards for file in shard.files]
+
+    def name(self, file: SourceFile) -> str:
+        """A file's path below `root`."""
+        return file.path.absolute().relative_to(self.root).as_posix()
+
+    def id_of(self, file: SourceFile, number: int) -> str:
+        """What a record is called that has no id of its own: `a/b.jsonl:12`."""
+        whole = file.format == "text" and self.section.separator is None
+        return self.name(file) if whole else f"{self.name(file)}:{number}"
+
+    def group_of(self, file: SourceFile) -> str:
+        """What a file's documents are counted under where there is no group_field: its first folder, or itself."""
+        return self.name(file).split("/")[0]
+
+    def records(
+        self, shard: Shard, advance: Callable[[int], None], note: Callable[[Problem], None]
+    ) -> Iterator[PoolRecord]:
+        """Every record of a shard. `note` is told of what is unreadable."""
+        extra = [name for name in (self.section.id_field, self.section.group_field) if name is not None]
+        row = 0
+        for file in shard.files:
+            for record in read_records(file, self.section, advance, columns=extra):
+                if isinstance(record, Problem):
+                    note(record)
+                else:
+                    yield PoolRecord(row, file, record)
+                    row += 1
+
+    def place(self, record: PoolRecord) -> tuple[Path, str]:
+        """For messages."""
+        return record.file.path, place_of(record.file, record.record.number)
+
+
+def batches(records: Iterator[PoolRecord], wanted: np.ndarray | None, skipped_parts: set[int]) -> Iterator[Batch]:
+    """Records in batches that end where a part ends; only the rows `wanted` (bool [rows]; None: all) of parts that are
+    not to be skipped."""
+    held: list[PoolRecord] = []
+    size = 0
+    for record in records:
+        part = record.row // PART_ROWS
+        if held and (size >= BATCH_BYTES or part != held[0].row // PART_ROWS):
+            yield Batch(held[0].row // PART_ROWS, held)
+            held, size = [], 0
+        if part not in skipped_parts and (wanted is None or (record.row < len(wanted) and wanted[record.row])):
+            held.append(record)
+            size += _size(record.record)
+    if held:
+        yield Batch(held[0].row // PART_ROWS, held)
+
+
+def _size(record: FileRecord) -> int:
+    content = record.content
+    return sum(len(str(value)) for value in content.values()) if isinstance(content, dict) else len(content)
+
+
+def read_targets(section: TargetSection | TextSource) -> list[bytes]:
+    """The texts of targets, in the order of their files. HarnessError for any that cannot be read, and for none."""
+    from harness.text import Unusable, text_of
+
+    files = find_files(section)
+    texts: list[bytes] = []
+    for file in files:
+        for record in read_records(file, section, lambda count: None):
+            if isinstance(record, Problem):
+                raise HarnessError(f"{section.label}: {record}")
+            text = text_of(record.content, section)
+            if isinstance(text, Unusable):
+                raise HarnessError(f"{section.label}: {file.path}: {place_of(file, record.number)}: {text.reason}")
+            texts.append(text.encode())
+    chosen = getattr(section, "documents", None)
+    if chosen is not None:
+        if chosen[1] > len(texts):
+            raise HarnessError(f"{section.label}: documents {list(chosen)}: there are only {len(texts)} in its files")
+        texts = texts[chosen[0] : chosen[1]]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise HarnessError(f"{section.label}: no text in {len(files)} files, the first is {files[0].path}")
+    return texts

@@ -1,0 +1,199 @@
+"""The race: exact scores only for documents that a cheap estimate does not rule out.
+
+Each document has features (see methods.py) that cost few pairs. A linear regression of the exact scores on them, fitted
+to a random sample and to the documents near the top, estimates the rest; whose estimate falls short of the last chosen
+score by more than a margin is out. The margin is a multiple of the largest shortfall seen among documents near there,
+and is measured again after each round, until no document that is still unscored could be missed by this rule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .config import RacingSection
+from .ranking import Column, cut_at
+from .work import View
+
+Parts = Callable[[], Iterable[View]]
+FITTED_ROWS = 1 << 16
+"""Most rows that a regression is fitted to."""
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Exact scores of one set of targets from features: a regression, and how far it falls short."""
+
+    weights: np.ndarray
+    """float64 [features + 1], the constant last."""
+    shortfall: float
+    """The largest (exact − estimate) near the last chosen score."""
+    deviation: float
+    """Standard deviation of (exact − estimate) there."""
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """float64 [rows]."""
+        estimate: np.ndarray = features.astype(np.float64) @ self.weights[:-1] + self.weights[-1]
+        return estimate
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What random documents that were scored all the same say of the ones left out."""
+
+    audited: int
+    """Documents of the sample that were out of the race."""
+    left_out: int
+    """Documents out of the race in all."""
+    missed: int
+    """Documents of the sample that should have been chosen."""
+
+    def recall(self, chosen: int) -> tuple[float, float]:
+        """Of `chosen` documents, the part of the right ones that is among them: an estimate, and the lower end of its
+        95 % interval (Clopper and Pearson's, one-sided, for the rate of missed ones in the sample)."""
+        if self.left_out == 0:
+            return 1.0, 1.0
+        if self.audited == 0:
+            return math.nan, 0.0
+        rate = self.missed / self.audited
+        return tuple(chosen / (chosen + r * self.left_out) for r in (rate, _upper_rate(self)))  # type: ignore[return-value]
+
+
+def features_of(view: View, target: int) -> np.ndarray:
+    """float32 [records, features]."""
+    return view.measured[f"features-{target}"]
+
+
+def first_round(parts: Parts, targets: int, budgets: list[int | None], weights: Column, section: RacingSection) -> Rows:
+    """Whom to score at first: a random sample, and the best by the mean of their features."""
+    rows = Rows()
+    sample = audit_limit(parts, section.audited_documents)
+    for view in parts():
+        rows.add(view, view.eligible & (view.measured["digest"][:, 0] <= sample))
+    for target in range(targets):
+
+        def rough(view: View, target: int = target) -> np.ndarray:
+            return features_of(view, target).mean(axis=1, dtype=np.float64)
+
+        budget = budgets[target]
+        if budget is not None:
+            cut = cut_at(parts, rough, lambda view: view.eligible, weights, math.ceil(budget * section.headroom))
+            for view in parts():
+                rows.add(view, view.eligible & cut.takes(view, rough(view)))
+    return rows
+
+
+class Race:
+    """What is known of one set of targets: an estimator, and who is still in the race by it."""
+
+    def __init__(self, parts: Parts, target: int, focus: float, section: RacingSection) -> None:
+        """`focus`: the score near which estimates have to be good."""
+        self._parts = parts
+        self._target = target
+        self._section = section
+        self.estimator = fit(parts, target, focus)
+
+    def estimates(self, view: View) -> np.ndarray:
+        """float64 [records]."""
+        return self.estimator(features_of(view, self._target))
+
+    def _in(self, view: View, limit: float) -> np.ndarray:
+        margin = self._section.margin * self.estimator.shortfall
+        inside: np.ndarray = view.eligible & (self.estimates(view) >= limit - margin)
+        return inside
+
+    def next_round(self, limit: float, weights: Column, most: int | None) -> Rows:
+        """Whom to score next: unscored documents whose score may reach `limit`, the best by their estimates where they
+        weigh more than `most`."""
+
+        def candidates(view: View) -> np.ndarray:
+            return self._in(view, limit) & np.isnan(view.scores[:, self._target])
+
+        cut = None if most is None else cut_at(self._parts, self.estimates, candidates, weights, most)
+        rows = Rows()
+        for view in self._parts():
+            mask = candidates(view)
+            rows.add(view, mask if cut is None else mask & cut.takes(view, self.estimates(view)))
+        return rows
+
+    def audit(self, limit: float) -> Audit:
+        """How the random sample fared among those out of the race; `limit` is the last chosen score."""
+        sample = audit_limit(self._parts, self._section.audited_documents)
+        audited = left_out = missed = 0
+        for view in self._parts():
+            out = view.eligible & ~self._in(view, limit)
+            drawn = out & (view.measured["digest"][:, 0] <= sample)
+            audited += int(drawn.sum())
+            left_out += int(out.sum())
+            missed += int((drawn & (view.scores[:, self._target] >= limit)).sum())
+        return Audit(audited, left_out, missed)
+
+
+class Rows:
+    """A set of records: bool [records] by shard, in parts."""
+
+    def __init__(self) -> None:
+        self._masks: dict[tuple[int, int], np.ndarray] = {}
+
+    def add(self, view: View, mask: np.ndarray) -> None:
+        key = (view.shard, view.part)
+        self._masks[key] = self._masks[key] | mask if key in self._masks else mask
+
+    def join(self, other: Rows) -> None:
+        for key, mask in other._masks.items():
+            self._masks[key] = self._masks[key] | mask if key in self._masks else mask
+
+    def __len__(self) -> int:
+        return sum(int(mask.sum()) for mask in self._masks.values())
+
+    def by_shard(self, shards: int) -> dict[int, np.ndarray]:
+        """bool [records] of every shard."""
+        return {
+            shard: np.concatenate(
+                [np.zeros(0, dtype=bool), *(self._masks[key] for key in sorted(self._masks) if key[0] == shard)]
+            )
+            for shard in range(shards)
+        }
+
+
+def audit_limit(parts: Parts, documents: int) -> np.uint64:
+    """The hash up to which a document is in the random sample, the same whatever the order of the files."""
+    lowest = np.zeros(0, dtype=np.uint64)
+    for view in parts():
+        lowest = np.sort(np.concatenate([lowest, view.measured["digest"][view.eligible, 0]]))[:documents]
+    return lowest[-1] if len(lowest) else np.uint64(0)
+
+
+def fit(parts: Parts, target: int, threshold: float) -> Estimator:
+    """A regression on what was scored on all targets, most of which stands near the threshold or above."""
+    features, scores = [], []
+    for view in parts():
+        known = np.flatnonzero(view.eligible & ~np.isnan(view.scores[:, target]))
+        features.append(features_of(view, target)[known])
+        scores.append(view.scores[known, target])
+    x, y = np.concatenate(features).astype(np.float64), np.concatenate(scores)
+    keep = np.sort(np.argsort(np.abs(y - threshold), kind="stable")[:FITTED_ROWS])
+    x, y = x[keep], y[keep]
+    # The documents in question are those near the threshold, so there the estimate has to be good.
+    spread = max(float(np.std(y)), 1e-12)
+    emphasis = 1 / (1 + ((y - threshold) / (spread / 4)) ** 2)
+    design = np.column_stack([x, np.ones(len(x))]) * np.sqrt(emphasis)[:, None]
+    weights = np.linalg.lstsq(design, y * np.sqrt(emphasis), rcond=1e-9)[0]
+    residual = y - (x @ weights[:-1] + weights[-1])
+    near = np.argsort(np.abs(y - threshold), kind="stable")[: max(200, len(y) // 4)]
+    return Estimator(weights, max(float(residual[near].max()), 0.0), float(residual[near].std()))
+
+
+def _upper_rate(audit: Audit) -> float:
+    """Upper end of the one-sided 95 % interval of missed / audited."""
+    low, high = audit.missed / audit.audited, 1.0
+    for _ in range(60):  # the rate at which so few misses have a chance of 5 %
+        rate = (low + high) / 2
+        chance = sum(
+            math.comb(audit.audited, k) * rate**k * (1 - rate) ** (audit.audited - k) for k in range(audit.missed + 1)
+        )
+        low, high = (rate, high) if chance > 0.05 else (low, rate)
+    return high

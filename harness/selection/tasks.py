@@ -1,0 +1,188 @@
+"""What is computed of documents: in this process or in others, a batch at a time.
+
+Three passes want different things of a text: `measure` everything that ranks it, `score` its exact scores, `inspect`
+what decides whether a document near the top may be chosen (tokens, MinHash signature, leaked targets).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from harness.text import Content, Unusable, fields_of_line, text_of
+
+from .config import PoolSection, SelectSettings
+from .leaks import LeakCheck
+from .methods import Scorer, open_scorer
+from .signatures import Signer
+from .targets import Targets
+from .work import Arrays
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One record on its way to a worker: what it holds, and what it is called where it does not say."""
+
+    content: Any
+    id: str
+    group: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Columns of a batch, and why some of its records have no text: (index in the batch, reason)."""
+
+    columns: Arrays
+    unusable: list[tuple[int, str]]
+
+
+class Worker:
+    """Everything a process needs to work on batches; pickles as settings and targets."""
+
+    def __init__(self, settings: SelectSettings, targets: Sequence[Targets], forbidden: Sequence[bytes]) -> None:
+        self.settings = settings
+        self.targets = list(targets)
+        self.forbidden = list(forbidden)
+        self._scorers: list[Scorer] = [open_scorer(settings.score, each) for each in self.targets]
+        self.races = self._scorers[0].can_race and not settings.racing.exact
+        self._inspection: _Inspection | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"settings": self.settings, "targets": self.targets, "forbidden": self.forbidden}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """For each set of targets: compressions of a window with a target that an estimate and a score take."""
+        return [(scorer.probes if self.races else 0, scorer.pairs) for scorer in self._scorers]
+
+    def run(self, task: str, units: list[Unit]) -> Outcome:
+        """One of measure, score and inspect on a batch."""
+        texts, fields, unusable = self._texts(units)
+        if task == "measure":
+            columns = self._measure(units, texts, fields)
+        elif task == "score":
+            columns = {"scores": self._scores(texts)}
+        else:
+            self._inspection = self._inspection or _Inspection(self.settings, self.forbidden)
+            columns = self._inspection.columns(texts)
+        return Outcome(columns, unusable)
+
+    def _texts(self, units: list[Unit]) -> tuple[list[bytes], list[dict[str, Any]], list[tuple[int, str]]]:
+        """Of every record its text (nothing where it has none) and its other fields."""
+        pool = self.settings.pool
+        texts: list[bytes] = []
+        found: list[dict[str, Any]] = []
+        unusable = []
+        for index, unit in enumerate(units):
+            fields = fields_of_line(unit.content, pool) if isinstance(unit.content, bytes) else unit.content
+            text = _text_of(fields, pool)
+            if isinstance(text, Unusable):
+                unusable.append((index, text.reason))
+            texts.append(b"" if isinstance(text, Unusable) else text.encode())
+            found.append(fields if isinstance(fields, dict) else {})
+        return texts, found, unusable
+
+    def _scores(self, texts: list[bytes]) -> np.ndarray:
+        """float64 [texts, sets of targets]."""
+        return np.stack([scorer.scores(texts) for scorer in self._scorers], axis=1)
+
+    def _measure(self, units: list[Unit], texts: list[bytes], fields: list[dict[str, Any]]) -> Arrays:
+        pool = self.settings.pool
+        usable = np.array([bool(text) and not text.isspace() for text in texts])
+        ids = [_named(row, pool.id_field, unit.id) for row, unit in zip(fields, units, strict=True)]
+        groups = [_named(row, pool.group_field, unit.group) for row, unit in zip(fields, units, strict=True)]
+        columns: Arrays = {
+            "usable": usable,
+            "bytes": np.array([len(text) for text in texts], dtype=np.int64),
+            "digest": np.stack([_digest(text, 16) for text in texts]),
+            "id_digest": np.stack([_digest(name.encode(errors="surrogatepass"), 8)[:1] for name in ids])[:, 0],
+            "group": np.array(groups, dtype=np.str_),
+        }
+        scored = [text for text, good in zip(texts, usable, strict=True) if good]
+        windows = self._scorers[0].count_windows(scored) if scored else np.zeros(0, dtype=np.int64)
+        columns["windows"] = _spread(windows, usable)
+        if self.races:
+            for index, scorer in enumerate(self._scorers):
+                features = scorer.features(scored or [b"-"])[: len(scored)]  # their number, where there are no texts
+                columns[f"features-{index}"] = _spread(features, usable)
+        else:
+            columns["scores"] = _spread(self._scores(scored), usable, np.nan)
+        return columns
+
+
+class _Inspection:
+    """A closer look at the few documents near the top."""
+
+    def __init__(self, settings: SelectSettings, forbidden: Sequence[bytes]) -> None:
+        near = settings.duplicates.remove == "near"
+        self._signer = Signer(settings.duplicates) if near else None
+        self._leaks = LeakCheck(forbidden, settings.leaks) if settings.leaks.remove else None
+        self._tokenizer = None
+        if settings.budget.tokenizer is not None:
+            from .tokens import open_tokenizer
+
+            self._tokenizer = open_tokenizer(settings.budget.tokenizer)
+
+    def columns(self, texts: list[bytes]) -> Arrays:
+        """tokens (-1 where none are counted), leak (share of a target), signature."""
+        strings = [text.decode() for text in texts]
+        columns: Arrays = {"tokens": np.full(len(texts), -1, dtype=np.int64), "leak": np.zeros(len(texts), np.float32)}
+        if self._tokenizer is not None:
+            encoded = self._tokenizer.encode_batch(strings)
+            columns["tokens"] = np.array([len(ids) + 1 for ids in encoded], dtype=np.int64)
+        if self._leaks is not None:
+            columns["leak"] = np.array([self._leaks.share(text) for text in strings], dtype=np.float32)
+        if self._signer is not None:
+            columns["signature"] = np.stack([self._signer.sign(text) for text in strings])
+        return columns
+
+
+def _text_of(fields: Content | Unusable, pool: PoolSection) -> str | Unusable:
+    """The text of a record, which has to have an id too where the pool names one."""
+    if isinstance(fields, Unusable):
+        return fields
+    if isinstance(fields, dict) and pool.id_field is not None and fields.get(pool.id_field) is None:
+        names = ", ".join(map(repr, list(fields)[:10])) or "none"
+        return Unusable(f"has no key {pool.id_field!r} (id_field); its keys are {names}")
+    return text_of(fields, pool)
+
+
+def _named(fields: dict[str, Any], key: str | None, otherwise: str) -> str:
+    return otherwise if key is None else str(fields.get(key, ""))
+
+
+def _digest(data: bytes, size: int) -> np.ndarray:
+    """A hash as two (or one) big-endian numbers, so that numbers sort as bytes do: uint64 [2]."""
+    return np.frombuffer(hashlib.blake2b(data, digest_size=size).digest().ljust(16, b"\0"), dtype=">u8").astype(
+        np.uint64
+    )
+
+
+def _spread(values: np.ndarray, usable: np.ndarray, missing: float = 0) -> np.ndarray:
+    """`values`, a row a usable document, in an array with a row a record."""
+    full = np.full((len(usable), *values.shape[1:]), missing, dtype=values.dtype)
+    full[usable] = values
+    return full
+
+
+_worker: Worker | None = None
+"""A worker process's own; set once when it starts."""
+
+
+def start_worker(worker: Worker) -> None:
+    """What a worker process does first."""
+    global _worker
+    _worker = worker
+
+
+def run_in_worker(argument: tuple[str, list[Unit]] | None) -> Outcome | None:
+    """`Worker.run` in a worker process; nothing for None, which only marks a place."""
+    assert _worker is not None
+    return None if argument is None else _worker.run(*argument)

@@ -1,0 +1,221 @@
+"""The working folder: what is known of every document so far, in files that a restart and another budget build on.
+
+state.json                        what the scores depend on; other settings are refused
+measure/shard-00000/              what ranks the documents of a shard
+    part-0000.npz                 columns, a row a record, for PART_ROWS records
+    done.json                     the shard is complete
+duplicates.npz                    which records repeat another's text
+round-000/plan.json               further passes over some records: `score` or `inspect`
+round-000/wanted/shard-00000.npy  which
+round-000/shard-00000/            what came out, as above, with the records' rows
+final/shard-00000.npz             what to write
+
+Every file is whole or not there. A round counts once all its shards are done, so a restart decides what its
+predecessor decided.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness.config import HarnessError
+from harness.disk import write_whole
+
+from .pool import PART_ROWS
+
+MEASURE = "measure"
+Arrays = dict[str, np.ndarray]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by a JSON file, whole."""
+    replace(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What write_json wrote; nothing of it where the file is damaged, None where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def replace(path: Path, content: bytes) -> None:
+    """`write_whole`, in a folder that may not be there yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content)
+
+
+class WorkFolder:
+    """Files of a selection in progress, by pass, shard and part."""
+
+    def __init__(self, path: Path, state: dict[str, Any]) -> None:
+        """Makes the folder, or takes up one that was made for the same `state` (JSON). HarnessError for another's."""
+        self.path = path
+        file = path / "state.json"
+        wanted = json.loads(json.dumps(state))
+        found = read_json(file)
+        if found is not None:
+            difference = next((key for key in wanted if found.get(key) != wanted[key]), None)
+            if difference is not None:
+                raise HarnessError(
+                    f"{path}: holds the scores of another selection ({difference} differs); choose another "
+                    "output.work, or delete the folder"
+                )
+        else:
+            write_json(file, wanted)
+
+    def columns(self, name: str, shard: int, part: int) -> Arrays | None:
+        """What a pass left of a part; None where there is nothing."""
+        file = self._part(name, shard, part)
+        if not file.exists():
+            return None
+        try:
+            with np.load(file, allow_pickle=False) as stored:
+                return {key: stored[key] for key in stored.files}
+        except (OSError, ValueError, EOFError) as error:
+            raise HarnessError(f"{file}: is damaged ({error}); delete {self.path} and start again") from None
+
+    def save(self, name: str, shard: int, part: int, columns: Arrays) -> None:
+        """Keep the columns of a part."""
+        save_arrays(self._part(name, shard, part), columns)
+
+    def parts(self, name: str, shard: int) -> set[int]:
+        """The parts that a pass has left."""
+        return {int(file.stem.removeprefix("part-")) for file in self._shard(name, shard).glob("part-*.npz")}
+
+    def finish_shard(self, name: str, shard: int, facts: dict[str, Any]) -> None:
+        """Mark a shard's pass as complete, with what is to be said of it (JSON)."""
+        write_json(self._shard(name, shard) / "done.json", facts)
+
+    def facts(self, name: str, shard: int) -> dict[str, Any] | None:
+        """What `finish_shard` was told; None where the pass is not complete."""
+        return read_json(self._shard(name, shard) / "done.json")
+
+    def rounds(self, shards: int) -> list[tuple[str, str]]:
+        """Name and task of every complete round, in order."""
+        found = []
+        for number in range(len(list(self.path.glob("round-*/plan.json")))):
+            name = f"round-{number:03d}"
+            if any(self.facts(name, shard) is None for shard in range(shards)):
+                break
+            found.append((name, str(json.loads((self.path / name / "plan.json").read_text())["task"])))
+        return found
+
+    def plan_round(self, name: str, task: str, wanted: dict[int, np.ndarray]) -> None:
+        """Write down which records a round is about: bool [records] of each shard. Kept if it is there already."""
+        if not (self.path / name / "plan.json").exists():
+            for shard, rows in wanted.items():
+                save_array(self.path / name / "wanted" / f"shard-{shard:05d}.npy", rows)
+            write_json(self.path / name / "plan.json", {"task": task})
+
+    def wanted(self, name: str, shard: int) -> np.ndarray | None:
+        """The records of a shard that a pass is about: bool [records]; None for all."""
+        if name == MEASURE:
+            return None
+        rows: np.ndarray = np.load(self.path / name / "wanted" / f"shard-{shard:05d}.npy", allow_pickle=False)
+        return rows
+
+    def count_wanted(self, name: str, shards: int) -> int:
+        """How many records a round is about."""
+        return sum(int(rows.sum()) for shard in range(shards) if (rows := self.wanted(name, shard)) is not None)
+
+    def _shard(self, name: str, shard: int) -> Path:
+        return self.path / name / f"shard-{shard:05d}"
+
+    def _part(self, name: str, shard: int, part: int) -> Path:
+        return self._shard(name, shard) / f"part-{part:04d}.npz"
+
+
+def save_array(path: Path, values: np.ndarray) -> None:
+    """A .npy file, whole."""
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=False)
+    replace(path, buffer.getvalue())
+
+
+def save_arrays(path: Path, columns: Arrays) -> None:
+    """A .npz file, whole."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **columns)  # type: ignore[arg-type]
+    replace(path, buffer.getvalue())
+
+
+@dataclass
+class View:
+    """Everything known of the records of one part: each array has a row a record."""
+
+    shard: int
+    part: int
+    measured: Arrays
+    later: list[tuple[str, Arrays]] = field(default_factory=list)
+    """Of every round that was about some of them: its task and columns, of which `rows` says where they belong."""
+    repeated: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.measured["bytes"])
+
+    @property
+    def first_row(self) -> int:
+        """Of the shard."""
+        return self.part * PART_ROWS
+
+    @cached_property
+    def eligible(self) -> np.ndarray:
+        """bool: has text that no other record said before it."""
+        usable = self.measured["usable"]
+        return usable if self.repeated is None else usable & ~self.repeated
+
+    @cached_property
+    def scores(self) -> np.ndarray:
+        """float64 [records, sets of targets]: exact ones, NaN where unknown."""
+        if "scores" in self.measured:
+            return self.measured["scores"]
+        full = np.full((len(self), sum(name.startswith("features-") for name in self.measured)), np.nan)
+        for columns in self._of("score"):
+            full[columns["rows"] - self.first_row] = columns["scores"]
+        return full
+
+    @cached_property
+    def inspected(self) -> np.ndarray:
+        """bool."""
+        full = np.zeros(len(self), dtype=bool)
+        for columns in self._of("inspect"):
+            full[columns["rows"] - self.first_row] = True
+        return full
+
+    def inspection(self, column: str) -> np.ndarray:
+        """tokens, leak or signature of every record; zeros where it was not inspected."""
+        found = list(self._of("inspect"))
+        if not found:
+            return np.zeros(len(self))
+        full = np.zeros((len(self), *found[0][column].shape[1:]), dtype=found[0][column].dtype)
+        for columns in found:
+            full[columns["rows"] - self.first_row] = columns[column]
+        return full
+
+    def _of(self, task: str) -> Iterator[Arrays]:
+        return (columns for done, columns in self.later if done == task)
+
+
+def views(work: WorkFolder, shards: int, repeated: Arrays) -> Iterator[View]:
+    """Every part of every shard with what complete rounds found; `repeated` by f"{shard}-{part}"."""
+    rounds = work.rounds(shards)
+    for shard in range(shards):
+        part = 0
+        while (measured := work.columns(MEASURE, shard, part)) is not None:
+            found = [(task, work.columns(name, shard, part)) for name, task in rounds]
+            later = [(task, columns) for task, columns in found if columns is not None]
+            yield View(shard, part, measured, later, repeated.get(f"{shard}-{part}"))
+            part += 1
