@@ -38,7 +38,7 @@ CHECKPOINT_ACTIONS = {
 
 def config(target: str, overrides: Sequence[str]) -> None:
     """print the resolved configuration, every key documented; of a Hugging Face folder the model section"""
-    from harness.config import dump_yaml
+    from harness.config import dump_yaml, load_config, read_yaml
 
     path = Path(target)
     if path.is_dir() and _configured(path) is None:
@@ -47,6 +47,10 @@ def config(target: str, overrides: Sequence[str]) -> None:
         if overrides:
             raise ConfigError(f"{target}: is no run, and its model is what it is; leave out {overrides[0]}")
         print(dump_yaml(ModelOnly.of(path), comments=False), end="")
+    elif not path.is_dir() and "pool" in read_yaml(config_file(target), target):
+        from harness.selection import SelectSettings
+
+        print(dump_yaml(load_config(SelectSettings, config_file(target), overrides, label=target)), end="")
     else:
         print(dump_yaml(load_settings(target, overrides)), end="")
 
@@ -59,6 +63,18 @@ def tokenize(target: str, overrides: Sequence[str]) -> None:
     settings = load_settings(target, overrides)
     configure_logging()
     print("\n".join(prepare(settings.data).summary()))
+
+
+def select(target: str, overrides: Sequence[str]) -> None:
+    """choose training text that is like given targets (ZIP-FIT)"""
+    from harness.config import load_config
+    from harness.runs import configure_logging
+    from harness.selection import SelectSettings
+    from harness.selection import select as run
+
+    settings = load_config(SelectSettings, config_file(target), overrides, label=target)
+    configure_logging()
+    run(settings)
 
 
 def train(target: str, overrides: Sequence[str]) -> int:
@@ -165,6 +181,7 @@ def doctor() -> None:
 
 VERBS: dict[str, Verb] = {
     "train": train,
+    "select": select,
     "tokenize": tokenize,
     "evaluate": evaluate,
     "generate": generate,

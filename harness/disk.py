@@ -29,11 +29,15 @@ def sha256_of(path: Path) -> str:
 def write_whole(path: Path, content: bytes) -> None:
     """Replace `path`: whatever happens, it holds the old content or the new, flushed to the disk."""
     temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

@@ -183,6 +183,36 @@ class OutputSection(Section):
     """Key or column with the name of the targets that a document was chosen for; added where there are several."""
 
 
+class DistributedSection(Section):
+    """Running on many machines, by datatrove."""
+
+    engine: Literal["none", "local", "slurm", "ray"] = "none"
+    """none: this process and its workers. local: datatrove's tasks on this machine. slurm, ray: on a cluster, with a
+    file system that all machines share; this process submits, waits and decides."""
+
+    tasks: int = Field(8, ge=1)
+    """Tasks that the shards are dealt out to; no more than there are shards (a jsonl or parquet file is one)."""
+
+    workers: int | None = Field(None, ge=1)
+    """Tasks at a time; null: all."""
+
+    partition: str = ""
+    """For slurm: the partition."""
+
+    time: str = "04:00:00"
+    """For slurm: the time limit of a task."""
+
+    options: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
+    """Further arguments of datatrove's executor: for slurm cpus_per_task, mem_per_cpu_gb, qos, venv_path, env_command;
+    for ray cpus_per_task, mem_per_cpu_gb."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.engine == "slurm" and not self.partition:
+            raise ValueError("slurm needs a `partition`")
+        return self
+
+
 class SelectSettings(Section):
     """A selection, whole."""
 
@@ -209,6 +239,9 @@ class SelectSettings(Section):
 
     output: OutputSection
     """What is written, and where."""
+
+    distributed: DistributedSection = DistributedSection()
+    """Many machines."""
 
     workers: int | None = Field(None, ge=1)
     """Processes that score; null takes the machine's cores, fewer for little text. The result is the same with any

@@ -21,6 +21,8 @@ from .sizes import current_implementation
 from .work import MEASURE, View
 
 RECORD = "selection.json"
+MACHINERY = {"workers", "distributed"}
+"""Settings that change nothing of the result."""
 EXAMPLES = 10
 SCORE_BINS = 60
 
@@ -51,7 +53,7 @@ def describe(job: Job, choice: Choice) -> dict[str, Any]:
             {**entry, "sha256": sha256_of(job.folder / CHOSEN / entry["file"])}
             for entry in sorted(written, key=lambda entry: str(entry["file"]))
         ],
-        "settings": settings.model_dump(mode="json", exclude={"workers"}),
+        "settings": settings.model_dump(mode="json", exclude=MACHINERY),
     }
 
 

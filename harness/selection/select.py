@@ -19,7 +19,7 @@ from harness.text import Progress, choose_workers
 from .choice import Choice
 from .config import SelectSettings
 from .job import CHOSEN, REJECTED, Job
-from .record import RECORD, describe, summarize
+from .record import MACHINERY, RECORD, describe, summarize
 from .repeats import find_exact_repeats
 from .report import write_report
 from .work import MEASURE, Arrays, read_json, save_arrays, views, write_json
@@ -30,6 +30,9 @@ WORTH_A_PROCESS = 200
 
 class Executor(Protocol):
     """Where the passes run."""
+
+    def workers(self, job: Job) -> int:
+        """Processes that work at a time."""
 
     def run_pass(self, job: Job, name: str, task: str) -> None:
         """One pass over all shards; returns when every shard's results are in the working folder."""
@@ -60,9 +63,16 @@ class LocalExecutor:
             job.write_shard(shard)
 
 
-def select(
-    settings: SelectSettings, *, executor: Executor | None = None, progress: Progress | None = None
-) -> dict[str, Any]:
+def open_executor(settings: SelectSettings, progress: Progress) -> Executor:
+    """What distributed.engine names."""
+    if settings.distributed.engine == "none":
+        return LocalExecutor(settings.workers, progress)
+    from .distributed import DatatroveExecutor
+
+    return DatatroveExecutor(settings.distributed)
+
+
+def select(settings: SelectSettings, *, progress: Progress | None = None) -> dict[str, Any]:
     """Choose documents of a pool and write them; returns what report.json holds.
 
     What an interrupted selection has done is kept and gone on from; the result is the same, byte for byte, as without
@@ -71,17 +81,17 @@ def select(
     """
     started = time.perf_counter(), _cpu_seconds()
     progress = progress or Progress()
-    local = LocalExecutor(settings.workers, progress)
+    executor = open_executor(settings, progress)
     folder = Path(settings.output.folder).expanduser()
     refuse_other(folder, settings)
     try:
         with locked(folder, "selecting", "choose another output.folder"):
             job = Job(settings)
-            summary = _select(job, executor or local, progress)
+            summary = _select(job, executor, progress)
     except OSError as error:
         raise HarnessError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
     wall, cpu = time.perf_counter() - started[0], _cpu_seconds() - started[1]
-    summary["time"] |= {"wall_seconds": wall, "cpu_seconds": cpu, "workers": local.workers(job)}
+    summary["time"] |= {"wall_seconds": wall, "cpu_seconds": cpu, "workers": executor.workers(job)}
     write_json(folder / "report.json", summary)
     write_report(folder, summary)
     return summary
@@ -174,7 +184,7 @@ def refuse_other(folder: Path, settings: SelectSettings) -> None:
         found = json.loads(file.read_text(encoding="utf-8"))["settings"]
     except (ValueError, KeyError):
         raise HarnessError(f"{file}: is damaged; choose another output.folder, or delete {folder}") from None
-    now = json.loads(json.dumps(settings.model_dump(mode="json", exclude={"workers"})))
+    now = json.loads(json.dumps(settings.model_dump(mode="json", exclude=MACHINERY)))
     difference = next((key for key in now if found.get(key) != now[key]), None)
     if difference is not None:
         raise HarnessError(

@@ -92,7 +92,7 @@ def gram_weights(targets: Targets) -> np.ndarray:
     """In how many targets each hash occurs, 65,535 at most: uint16 [65536]."""
     weights = np.zeros(HASHES, dtype=np.int64)
     for target in targets:
-        weights[np.unique(_hashes(target))] += 1
+        weights[_hashes(target)] += 1  # once for each target, however often it occurs there
     return np.minimum(weights, np.iinfo(np.uint16).max).astype(np.uint16)
 
 

@@ -23,6 +23,10 @@ from .targets import Targets
 from .work import Arrays
 
 
+WORTH_RACING = 4
+"""How many times as much a document's score must cost as its estimate; with few targets all documents are scored."""
+
+
 @dataclass(frozen=True)
 class Unit:
     """One record on its way to a worker: what it holds, and what it is called where it does not say."""
@@ -48,7 +52,11 @@ class Worker:
         self.targets = list(targets)
         self.forbidden = list(forbidden)
         self._scorers: list[Scorer] = [open_scorer(settings.score, each) for each in self.targets]
-        self.races = self._scorers[0].can_race and not settings.racing.exact
+        self.races = (
+            self._scorers[0].can_race
+            and not settings.racing.exact
+            and all(scorer.probes * WORTH_RACING <= scorer.pairs for scorer in self._scorers)
+        )
         self._inspection: _Inspection | None = None
 
     def __getstate__(self) -> dict[str, Any]:
