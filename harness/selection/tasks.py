@@ -22,7 +22,6 @@ from .signatures import Signer
 from .targets import Targets
 from .work import Arrays
 
-
 WORTH_RACING = 4
 """How many times as much a document's score must cost as its estimate; with few targets all documents are scored."""
 

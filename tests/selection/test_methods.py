@@ -102,6 +102,23 @@ def test_a_regression_on_the_features_predicts_the_scores(method: str, compresso
     assert scorer.features([]).shape == (0, features.shape[1])
 
 
+@pytest.mark.parametrize("windows", ["mean", "max"])
+@pytest.mark.parametrize("method", ["ncd", "coverage"])
+def test_features_are_scores_over_single_targets(method: str, windows: str) -> None:
+    """Those in the middle of each third, by C(y), of 24 targets, and then what the sketch says."""
+    r = random.Random(9)
+    texts = [draw_text(r, draw_length(r, 5_000)) for _ in range(40)]
+    targets = Targets([draw_text(r, 40 * i) + CODE[:i] for i in r.sample(range(24), 24)])
+    fields: dict[str, Any] = {"method": method, "windows": windows}
+    section = ScoreSection(**fields, window_bytes=1_000)
+    features = open_scorer(section, targets).features(texts)
+    order = np.argsort(targets.sizes(9), kind="stable")
+    for column, index in zip(features.T, order[[4, 12, 20]], strict=False):
+        expected = open_scorer(section, targets.take([index])).scores(texts)
+        np.testing.assert_allclose(column, expected, atol=1e-7)
+    assert features.shape == (40, 3 + 4)
+
+
 def test_gain_is_not_raced() -> None:
     scorer = open_scorer(ScoreSection(method="gain"), Targets([b"abc"]))
     assert not scorer.can_race

@@ -186,6 +186,18 @@ def test_the_kernel_is_refused_where_gzip_gives_other_bytes(
     assert list(compressed_sizes(CODE[9:900], targets, 5)[1]) == expected
 
 
+@pytest.mark.usefixtures("kernel")
+def test_what_is_too_long_for_the_kernel_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sizes, "LONGEST_NATIVE", 5_000)
+    sizes._say_too_long.cache_clear()
+    for length in (4_000, 4_001, 4_002):
+        check(CODE[:length], [CODE[:1_000]], 9)
+        assert len(caplog.records) == (length > 4_000)
+    assert "slower" in caplog.text
+
+
 @pytest.mark.usefixtures("undecided")
 def test_without_the_kernel_python_alone_gives_the_sizes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
