@@ -345,6 +345,7 @@ class Trainer:
             "unfinished": None if self._unfinished is None else json.dumps(self._unfinished),
             "callbacks": {callback.name: callback.state_dict() for callback in self.callbacks},
             "tokenizer": self.prepared.tokenizer.fingerprint,
+            "selections": self.prepared.selections,
             "settings": plain(self.settings),
         }
         self.run.sync()  # a checkpoint must not outlive the records that lead up to it
@@ -395,6 +396,7 @@ class Trainer:
         details = {
             "layout": repr(self.layout),
             "parameters": vars(counts),
+            "selections": self.prepared.selections,
             "model_flops_per_token": self._flops_per_token,
             "peak_flops_per_second": self._peak.flops_per_second,
             "peak_source": self._peak.source,

@@ -66,6 +66,10 @@ class CorpusSection(TextSource):
     """Share of the samples that come from this corpus, relative to the other weights; null (then for every corpus)
     blends by token count."""
 
+    selection: str | None = None
+    """Instead of `source`: a folder that `harness select` made. Its chosen documents are read, with its text_field, and
+    what it says of itself goes into the run folder and the checkpoints."""
+
     indexed: str | None = None
     """Instead of `source`: path prefix of an existing Megatron .bin/.idx pair, made with this tokenizer."""
 
@@ -90,11 +94,20 @@ class CorpusSection(TextSource):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.indexed is None and not self.source:
-            raise ValueError("has no text: set `source` (files, folders, globs) or `indexed` (a Megatron prefix)")
-        if self.indexed is not None and self.source:
-            raise ValueError("`source` and `indexed` exclude each other: remove one")
+        given = [name for name in ("source", "selection", "indexed") if getattr(self, name)]
+        if not given:
+            raise ValueError(
+                "has no text: set `source` (files, folders, globs), `selection` (a folder of harness select) or "
+                "`indexed` (a Megatron prefix)"
+            )
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(f'`{name}`' for name in given)} exclude each other: keep one")
         return self
+
+    @property
+    def is_text(self) -> bool:
+        """Whether there is text to tokenize, rather than tokens."""
+        return self.indexed is None
 
 
 class DataSection(Section):

@@ -16,6 +16,7 @@ from .documents import Document, read_documents
 from .encoding import batch_documents, encode_all
 from .prepared import Prepared, find_missing, open_prepared
 from .record import describe_source, text_settings, write_record
+from .selected import provenance, with_selections
 from .splits import split_of
 from .tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 from .tokenizer_training import TrainingSample, train_sentencepiece
@@ -34,7 +35,8 @@ def prepare(config: DataSection, *, progress: Progress | None = None) -> Prepare
     put right: missing or unreadable sources, a record that cannot be read (where on_error is stop), an empty corpus.
     """
     progress = progress or Progress()
-    files = {corpus.name: find_files(corpus) for corpus in config.corpora if corpus.source}
+    config = with_selections(config)
+    files = {corpus.name: find_files(corpus) for corpus in config.corpora if corpus.is_text}
     if any(file.format == "parquet" for found in files.values() for file in found):
         import_parquet()
     if find_missing(config, files):
@@ -69,7 +71,7 @@ def _fill(folder: Path, config: DataSection, files: dict[str, list[SourceFile]],
                 (partial / TRAINING).write_text(text + "\n", encoding="utf-8")
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
     for corpus in config.corpora:
-        if corpus.source and not (folder / corpus.name).exists():
+        if corpus.is_text and not (folder / corpus.name).exists():
             _write_corpus(folder, config, corpus, files[corpus.name], tokenizer, progress)
 
 
@@ -132,6 +134,7 @@ def _write_corpus(
             "altered_documents": altered,
             "skipped": {"count": reading.skipped, "first": reading.problems},
             "sources": [describe_source(file) for file in files],
+            "selection": provenance(corpus),
         }
         write_record(partial, record)
     _say_result(corpus, writer, reading, altered, progress)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,8 @@ class Prepared:
     tokenizer: Tokenizer
     corpora: dict[str, dict[str, PreparedSplit]]
     """By corpus name, then by split: train, validation, test."""
+    selections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By corpus name: how a corpus was chosen (JSON), of those that `harness select` chose."""
 
     def split(self, corpus: str, split: str) -> PreparedSplit:
         """One split; HarnessError where there is no such corpus or split."""
@@ -121,7 +123,9 @@ def open_prepared(config: DataSection) -> Prepared:
             corpora[corpus.name] = _open_indexed(corpus, config, tokenizer)
         else:
             corpora[corpus.name] = _open_written(corpus, folder)
-    return Prepared(folder, tokenizer, corpora)
+    records = {corpus.name: read_record(folder / corpus.name) for corpus in config.corpora if corpus.selection}
+    selections = {name: record["selection"] for name, record in records.items() if record and record.get("selection")}
+    return Prepared(folder, tokenizer, corpora, selections)
 
 
 def find_missing(config: DataSection, files: dict[str, list[SourceFile]] | None) -> list[str]:
@@ -132,10 +136,10 @@ def find_missing(config: DataSection, files: dict[str, list[SourceFile]] | None)
     folder = config.folder_path
     advice = f"set data.folder to another folder, or delete {folder}"
     if not (folder / TOKENIZER_FOLDER).exists():
-        given = [corpus.name for corpus in config.corpora if corpus.source and (folder / corpus.name).exists()]
+        given = [corpus.name for corpus in config.corpora if corpus.is_text and (folder / corpus.name).exists()]
         if given:
             raise HarnessError(f"{folder}: holds corpus {given[0]!r} but no tokenizer; {advice}")
-        return ["the tokenizer", *(f"corpus {corpus.name!r}" for corpus in config.corpora if corpus.source)]
+        return ["the tokenizer", *(f"corpus {corpus.name!r}" for corpus in config.corpora if corpus.is_text)]
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
     wanted = None if config.tokenizer.is_trained_here else open_tokenizer(config.tokenizer)
     difference = find_tokenizer_difference(folder / TOKENIZER_FOLDER, tokenizer, wanted, config, files)
@@ -143,7 +147,7 @@ def find_missing(config: DataSection, files: dict[str, list[SourceFile]] | None)
         raise HarnessError(f"{folder / TOKENIZER_FOLDER}: {difference}; {advice}")
     missing = []
     for corpus in config.corpora:
-        if not corpus.source:
+        if not corpus.is_text:
             continue
         record = read_record(folder / corpus.name)
         if record is None:

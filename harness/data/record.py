@@ -19,11 +19,14 @@ FORMAT = 1
 
 def text_settings(config: DataSection, corpus: CorpusSection) -> dict[str, Any]:
     """The settings, sources and tokenizer aside, that decide which documents stand in which split."""
-    several = len(corpus.text_fields) > 1
+    if corpus.selection is not None:  # its record says how it is read, and may be gone when nothing is to be read
+        text: dict[str, Any] = {"text_field": "the selection's"}
+    elif len(corpus.text_fields) > 1:
+        text = {"text_field": list(corpus.text_fields), "joined_by": corpus.joined_by, "separator": corpus.separator}
+    else:
+        text = {"text_field": corpus.text_fields[0], "separator": corpus.separator}
     return {
-        "text_field": list(corpus.text_fields) if several else corpus.text_fields[0],
-        **({"joined_by": corpus.joined_by} if several else {}),
-        "separator": corpus.separator,
+        **text,
         "max_document_bytes": corpus.max_document_bytes,
         "validation_share": config.validation_share,
         "test_share": config.test_share,

@@ -144,7 +144,8 @@ class Choice:
 
     def _drop(self, dropped: dict[tuple[int, int], np.ndarray]) -> None:
         self._dropped = dropped
-        self.__dict__.pop("_endings", None)
+        for name in ("_endings", "_races_over"):  # which follow from it
+            self.__dict__.pop(name, None)
 
     # What has to be known yet.
 
@@ -174,13 +175,24 @@ class Choice:
         known = [view.scores[~np.isnan(view.scores[:, target]), target] for view in self.parts()]
         return float(np.quantile(np.concatenate(known), 0.9))
 
-    def audits(self) -> list[Audit]:
-        """Of each set of targets, once the race is over: the random sample among those left out."""
+    def estimates(self, view: View, target: int) -> np.ndarray:
+        """float64 [records]: exact scores, and estimates for documents that are out of the race."""
+        scores = view.scores[:, target]
+        return np.where(np.isnan(scores), self._races_over[target].estimates(view), scores) if self._races else scores
+
+    @cached_property
+    def _races_over(self) -> list[Race]:
+        """Of each set of targets, once the race is over."""
         section = self._settings.racing
         return [
-            Race(self.parts, target, self._focus(target, ending), section).audit(self._limit(ending))
+            Race(self.parts, target, self._focus(target, ending), section)
             for target, ending in enumerate(self.endings())
         ]
+
+    def audits(self) -> list[Audit]:
+        """Of each set of targets, once the race is over: the random sample among those left out."""
+        races = zip(self._races_over, self.endings(), strict=True)
+        return [race.audit(self._limit(ending)) for race, ending in races]
 
     def needs_inspection(self) -> bool:
         """Whether the chosen have to be looked at more closely at all."""

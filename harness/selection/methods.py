@@ -132,8 +132,8 @@ class Scorer:
     def features(self, texts: Sequence[bytes]) -> np.ndarray:
         """Cheap predictors of the exact score, for a linear regression: float32 [texts, features].
 
-        The score over each of a few targets, spread over the range of C(y), and the sketch's columns with C(x) known:
-        each column's mean or largest over a text's windows, as `windows` says of the score. HarnessError for gain.
+        The score over each of a few targets, spread over the range of C(y), and two columns of the sketch with C(x)
+        known: each one's mean or largest over a text's windows, as `windows` says of the score. HarnessError for gain.
         """
         windows, counts = self._cut_to_race(texts)
         alone, together = self.codec.pair_sizes(windows, self._probe_targets)

@@ -208,23 +208,21 @@ class _Tally:
         ]
 
     def histograms(self) -> dict[str, Any]:
-        """Of each set of targets: exact scores where they are known; documents out of the race are not in it."""
+        """Of each set of targets; documents out of the race by their estimates."""
         found = {}
         for target, section in enumerate(self._job.settings.targets):
             low, high = math.inf, -math.inf
             for view in self._choice.parts():
-                scores = view.scores[view.eligible, target]
-                known = scores[~np.isnan(scores)]
-                low, high = min(low, known.min(initial=np.inf)), max(high, known.max(initial=-np.inf))
+                scores = self._choice.estimates(view, target)[view.eligible]
+                low, high = min(low, scores.min(initial=np.inf)), max(high, scores.max(initial=-np.inf))
             if low > high:
                 low, high = 0.0, 1.0
             edges = np.linspace(low, max(high, low + 1e-9), SCORE_BINS + 1)
             counts = np.zeros((2, SCORE_BINS), dtype=np.int64)
             for view in self._choice.parts():
-                scores = view.scores[:, target]
-                known = view.eligible & ~np.isnan(scores)
-                counts[0] += np.histogram(scores[known], edges)[0]
-                counts[1] += np.histogram(scores[known & (self._choice.chosen(view) == target)], edges)[0]
+                scores = self._choice.estimates(view, target)
+                counts[0] += np.histogram(scores[view.eligible], edges)[0]
+                counts[1] += np.histogram(scores[self._choice.chosen(view) == target], edges)[0]
             found[section.name] = {
                 "edges": edges.tolist(), "documents": counts[0].tolist(), "chosen": counts[1].tolist()
             }  # fmt: skip

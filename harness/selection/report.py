@@ -129,6 +129,11 @@ def _pool(pool: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _caption(target: str, summary: Mapping[str, Any]) -> str:
+    caption = f"How alike the pool is to {target}, and the part that was chosen."
+    return caption if summary["recall"] is None else f"{caption} Documents out of the race stand at their estimates."
+
+
 def _add_scores(page: Page, summary: Mapping[str, Any]) -> None:
     for target, counts in summary["histogram"].items():
         edges, (documents, chosen) = thin_bins(counts["edges"], [counts["documents"], counts["chosen"]])
@@ -145,7 +150,7 @@ def _add_scores(page: Page, summary: Mapping[str, Any]) -> None:
             log_y=logarithmic,
             vertical={} if threshold is None else {f"threshold {format_number(threshold)}": threshold},
         )
-        page.figure(figure, f"How alike the pool is to {target}, and the part that was chosen.")
+        page.figure(figure, _caption(target, summary))
 
 
 def thin_bins(

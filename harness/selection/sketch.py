@@ -28,6 +28,7 @@ class Sketch:
 
     def __init__(self, method: str, codec: Codec, targets: Targets, target_sizes: np.ndarray) -> None:
         self.method = method
+        self._targets = len(targets)
         self._weights = gram_weights(targets)
         self._sizes = _SizeMeans(target_sizes)
         # How C(x) follows from the counts differs with compressor and level: that is learnt from the targets' own text.
@@ -38,20 +39,29 @@ class Sketch:
         self._least = float(codec.sizes([b""])[0])
 
     def __call__(self, texts: Sequence[bytes]) -> np.ndarray:
-        """Predictors without any compression: float64 [texts, 4], as `columns` describes them."""
+        """Predictors without any compression: float64 [texts, 4].
+
+        `columns` with C(x) estimated, then the mean over the targets of what a shared byte adds to the score, and that
+        times the number of different hashes.
+        """
         counts = count_grams(texts, self._weights)
-        estimate = np.maximum(self._design(texts, counts) @ self._coefficients, self._least)
-        return self._columns(estimate, counts)
+        sizes = np.maximum(self._design(texts, counts) @ self._coefficients, self._least)
+        a_byte = self._a_byte(sizes)
+        return np.column_stack([self._columns(sizes, counts), a_byte, a_byte * counts[:, 0]])
 
     def columns(self, texts: Sequence[bytes], sizes: np.ndarray) -> np.ndarray:
-        """The same with C(x) known, [texts]: the mean over the targets of min(C(x), C(y)) / max(C(x), C(y)), which no
-        alignment exceeds; that of what a shared byte adds to the score; and both counts, multiplied by the latter.
+        """With C(x) known, [texts]: float64 [texts, 2].
+
+        The mean over the targets of min(C(x), C(y)) / max(C(x), C(y)), which no alignment exceeds; and that of how many
+        different hashes text and target share, each worth a byte.
         """
         return self._columns(sizes.astype(np.float64), count_grams(texts, self._weights))
 
     def _columns(self, sizes: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        a_byte = self._sizes.over_larger(sizes) if self.method == "ncd" else self._sizes.over_smaller(sizes)
-        return np.column_stack([self._sizes.shares(sizes), a_byte, counts * a_byte[:, None]])
+        return np.column_stack([self._sizes.shares(sizes), self._a_byte(sizes) * counts[:, 1] / self._targets])
+
+    def _a_byte(self, sizes: np.ndarray) -> np.ndarray:
+        return self._sizes.over_larger(sizes) if self.method == "ncd" else self._sizes.over_smaller(sizes)
 
     @staticmethod
     def _design(texts: Sequence[bytes], counts: np.ndarray) -> np.ndarray:
