@@ -70,6 +70,7 @@ class Pool:
         files = find_files(section)
         self.root = Path(os.path.commonpath([file.path.absolute().parent for file in files]))
         """The folder that names are relative to."""
+        self._names: dict[Path, str] = {}
         texts = [file for file in files if file.format == "text"]
         groups: list[tuple[SourceFile, ...]] = [(file,) for file in files if file.format != "text"]
         groups += [tuple(texts[start : start + FILES_A_SHARD]) for start in range(0, len(texts), FILES_A_SHARD)]
@@ -81,7 +82,9 @@ class Pool:
 
     def name(self, file: SourceFile) -> str:
         """A file's path below `root`."""
-        return file.path.absolute().relative_to(self.root).as_posix()
+        if file.path not in self._names:  # asked for every record
+            self._names[file.path] = file.path.absolute().relative_to(self.root).as_posix()
+        return self._names[file.path]
 
     def id_of(self, file: SourceFile, number: int) -> str:
         """What a record is called that has no id of its own: `a/b.jsonl:12`."""

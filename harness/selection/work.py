@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -32,6 +33,8 @@ from harness.disk import write_whole
 from .pool import PART_ROWS
 
 MEASURE = "measure"
+HELD_BYTES = 128 << 20
+"""Results that are kept in memory."""
 Arrays = dict[str, np.ndarray]
 
 
@@ -63,6 +66,8 @@ class WorkFolder:
     def __init__(self, path: Path, state: dict[str, Any]) -> None:
         """Makes the folder, or takes up one that was made for the same `state` (JSON). HarnessError for another's."""
         self.path = path
+        self._held: dict[Path, Arrays] = {}
+        self._held_bytes = 0
         file = path / "state.json"
         wanted = json.loads(json.dumps(state))
         found = read_json(file)
@@ -79,13 +84,20 @@ class WorkFolder:
     def columns(self, name: str, shard: int, part: int) -> Arrays | None:
         """What a pass left of a part; None where there is nothing."""
         file = self._part(name, shard, part)
+        if file in self._held:
+            return self._held[file]
         if not file.exists():
             return None
         try:
             with np.load(file, allow_pickle=False) as stored:
-                return {key: stored[key] for key in stored.files}
-        except (OSError, ValueError, EOFError) as error:
+                columns = {key: stored[key] for key in stored.files}
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
             raise HarnessError(f"{file}: is damaged ({error}); delete {self.path} and start again") from None
+        size = sum(values.nbytes for values in columns.values())
+        if self._held_bytes + size <= HELD_BYTES:  # of a larger pool the rest is read anew each time
+            self._held[file] = columns
+            self._held_bytes += size
+        return columns
 
     def save(self, name: str, shard: int, part: int, columns: Arrays) -> None:
         """Keep the columns of a part."""
