@@ -7,9 +7,12 @@ of one process, a rerun does what is missing, and the number of tasks may change
 from __future__ import annotations
 
 import logging
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from harness.config import HarnessError
@@ -20,7 +23,7 @@ from .job import Job
 
 logger = logging.getLogger("harness.selection")
 
-POLL_SECONDS = 5.0
+POLL_SECONDS = 2.0
 GRACE_SECONDS = 60.0
 """How long files may take to be seen by this machine after a job has left the queue."""
 WRITE = "write"
@@ -98,7 +101,7 @@ class DatatroveExecutor:
 
     def _open(self, common: dict[str, Any], at_once: int) -> Any:
         section = self._section
-        options = dict(section.options)
+        options: dict[str, Any] = dict(section.options)
         if section.engine == "local":
             from datatrove.executor import LocalPipelineExecutor
 
@@ -109,6 +112,9 @@ class DatatroveExecutor:
             return RayPipelineExecutor(**common, workers=at_once, **options)
         from datatrove.executor import SlurmPipelineExecutor
 
+        if not {"env_command", "venv_path", "condaenv"} & options.keys():  # the environment that this process runs in
+            options["env_command"] = f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
+        options = {"qos": "", **options}  # the cluster's default, rather than one called normal
         return SlurmPipelineExecutor(
             **common, workers=at_once, time=section.time, partition=section.partition, **options
         )

@@ -43,7 +43,8 @@ class Cluster:
         """A node whose slurmd is silent for the first is down; jobs have the second between SIGTERM and SIGKILL."""
         # Not pytest's folder: a socket's path may have 107 characters, and munge wants folders that others may enter.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-        self._configuration = {"SLURM_CONF": str(self.folder / "slurm.conf")}
+        self.configuration = {"SLURM_CONF": str(self.folder / "slurm.conf")}
+        """Environment of whoever is to see this cluster."""
         self._settings = [f"SlurmdTimeout={slurmd_timeout_seconds}", f"KillWait={kill_wait_seconds}"]
         self._daemons: list[subprocess.Popen[bytes]] = []
         self._slurmd: dict[str, subprocess.Popen[bytes]] = {}
@@ -71,7 +72,7 @@ class Cluster:
         """A SLURM command, to its end: what it prints. Raises RuntimeError where it fails."""
         done = subprocess.run(
             command,
-            env={**(environment() if env is None else env), **self._configuration},
+            env={**(environment() if env is None else env), **self.configuration},
             capture_output=True,
             text=True,
             timeout=30,
@@ -114,7 +115,7 @@ class Cluster:
             daemon.kill()
         for daemon in self._daemons:
             daemon.wait(timeout=10)
-        kill_all(f"SLURM_CONF={self._configuration['SLURM_CONF']}")
+        kill_all(f"SLURM_CONF={self.configuration['SLURM_CONF']}")
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _configure(self) -> None:
@@ -165,7 +166,7 @@ class Cluster:
         with (self.folder / f"{command[0]}.out").open("ab") as output:
             daemon = subprocess.Popen(
                 command,
-                env={**environment(), **self._configuration},
+                env={**environment(), **self.configuration},
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
