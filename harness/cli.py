@@ -228,12 +228,11 @@ def config_file(target: str) -> Path:
 
 def _configured(folder: Path) -> Path | None:
     """The configuration of a run or checkpoint folder; None where the folder has none."""
-    from harness.convert import is_run
+    from harness.convert import is_run, locate_run
 
     if not is_run(folder):
         return None
-    place = folder if folder.parent.name else folder.resolve()  # ".", or beside what has no name here
-    place = place.parent.parent if place.parent.name == "checkpoints" else place
+    place = locate_run(folder)[0]
     return place / "config.yaml" if (place / "config.yaml").is_file() else None
 
 

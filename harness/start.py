@@ -10,7 +10,7 @@ from typing import Any
 
 from harness.checkpoint import CheckpointStore
 from harness.config import HarnessError, plain
-from harness.convert import ModelSource, RunSource, is_run, open_source
+from harness.convert import ModelSource, RunSource, is_run, locate_run, open_source
 from harness.data import Prepared, Tokenizer, open_prepared, prepare_for_training
 from harness.parallel import Channel, Engine, ParallelLayout
 from harness.runs import RunFolder
@@ -163,8 +163,9 @@ def _open_weights(folder: Path, layout: ParallelLayout, channel: Channel) -> Mod
 
     agree([] if folder.is_dir() else [f"{folder}: no such folder"])
     step = None
-    if is_run(folder) and folder.parent.name != "checkpoints":
-        step = newest_verified(CheckpointStore(folder / "checkpoints"), layout, channel)
+    if is_run(folder) and locate_run(folder)[1] is None:
+        checkpoints = locate_run(folder)[0] / "checkpoints"
+        step = newest_verified(CheckpointStore(checkpoints), layout, channel)
         agree([] if step is not None else [f"{folder}: no run with a good checkpoint; give runs/NAME or a step in it"])
     source, problem = None, []
     try:

@@ -6,7 +6,7 @@
 
 from .convert import Conversion, convert
 from .formats import FORMATS, open_source
-from .harness_run import RunSource, is_run
+from .harness_run import RunSource, is_run, locate_run
 from .proof import Comparison, Proof, streamed_logits
 from .source import ModelSource
 
@@ -19,6 +19,7 @@ __all__ = [
     "RunSource",
     "convert",
     "is_run",
+    "locate_run",
     "open_source",
     "streamed_logits",
 ]

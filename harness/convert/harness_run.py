@@ -35,6 +35,23 @@ def is_run(path: Path) -> bool:
     return (path / "checkpoints").is_dir() or (path / "config.yaml").is_file()
 
 
+def locate_run(path: Path) -> tuple[Path, int | None]:
+    """The run folder that a path means, and the step where it means one checkpoint.
+
+    A path is a run folder, its `checkpoints`, or a checkpoint's own folder, which `.` may stand for too. HarnessError
+    for something else below `checkpoints`.
+    """
+    place = Path(os.path.abspath(path))  # so that "." has a name
+    if place.name == "checkpoints":
+        return (path.parent if path.name == "checkpoints" else place.parent), None
+    if place.parent.name != "checkpoints":
+        return path, None
+    name = place.name.removeprefix("step-")
+    if not name.isdigit():
+        raise HarnessError(f"{path}: not a checkpoint; expected a folder such as step-00000200")
+    return (path.parent.parent if path.parent.name == "checkpoints" else place.parent.parent), int(name)
+
+
 class RunSource(ModelSource):
     """The master weights of a run's checkpoint: the newest one, `step`, or the one whose folder `path` is.
 
@@ -44,16 +61,8 @@ class RunSource(ModelSource):
     format = "harness"
 
     def __init__(self, path: Path, step: int | None = None) -> None:
-        run_folder, place = path, Path(os.path.abspath(path))
-        if place.name == "checkpoints":
-            run_folder = path.parent if path.name == "checkpoints" else place.parent
-        elif place.parent.name == "checkpoints":
-            run_folder = path.parent.parent if path.parent.name == "checkpoints" else place.parent.parent
-            if step is None:
-                name = place.name.removeprefix("step-")
-                if not name.isdigit():
-                    raise HarnessError(f"{path}: not a checkpoint; expected a folder such as step-00000200")
-                step = int(name)
+        run_folder, named = locate_run(path)
+        step = named if step is None else step
         self.run_folder = run_folder
         self.store = CheckpointStore(run_folder / "checkpoints")
         if step is None:

@@ -90,6 +90,22 @@ def test_out_used_and_in_again(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert json.loads(first[0])["loss"] < 4.0, "it begins with what was learned"
 
 
+def test_a_run_begins_from_any_name_of_another(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run, tmp_path / "from")
+    step = max((tmp_path / "from" / "checkpoints").glob("step-*"))
+    names = {"run": str(tmp_path / "from"), "all": str(step.parent), "here": "."}
+    monkeypatch.chdir(step)
+    losses = []
+    for name, start in names.items():
+        place = (f"run.folder={tmp_path}/runs", f"run.name={name}", f"data.folder={tmp_path}/prepared")
+        said(capsys, "train", run, f"train.init_from={start}", "train.steps=2", "schedule.warmup_steps=1", *place)
+        lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert all(series == losses[0] for series in losses)
+
+
 @pytest.mark.parametrize("form", ["megatron", "transformer-lens"])
 def test_folders_of_every_format_are_used(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
