@@ -35,6 +35,13 @@ CHECKPOINT_ACTIONS = {
     "prune": "delete what checkpoint.keep_last, keep_every_steps and keep_best do not keep; of a run at rest",
 }
 
+STUDY_ACTIONS = {
+    "plan": "what it will train, and what that costs",
+    "run": "do what is missing; the same command goes on after a kill, and further ones share the work",
+    "status": "how much is done, and about how long the rest takes",
+    "report": "tables and plots of what is done so far",
+}
+
 
 def config(target: str, overrides: Sequence[str]) -> None:
     """print the resolved configuration, every key documented; of a Hugging Face folder the model section"""
@@ -172,6 +179,15 @@ def checkpoint(
     return 0 if good else 1
 
 
+def study(action: str, target: str, overrides: Sequence[str]) -> None:
+    """plan, run, look at and report a study: many training runs with one question"""
+    from harness import studies
+    from harness.runs import configure_logging
+
+    configure_logging()
+    getattr(studies, action)(config_file(target), overrides)
+
+
 def doctor() -> None:
     """what this machine has, and what is missing for what"""
     from harness.plan import diagnose
@@ -187,6 +203,7 @@ VERBS: dict[str, Verb] = {
     "generate": generate,
     "convert": convert,
     "checkpoint": checkpoint,
+    "study": study,
     "config": config,
     "doctor": doctor,
 }
@@ -295,6 +312,8 @@ def build_parser() -> argparse.ArgumentParser:
             _add_checkpoint_actions(command)
         elif verb is convert:
             _add_conversion(command)
+        elif verb is study:
+            _add_study_actions(command)
         elif verb is not doctor:
             also = ", a Hugging Face folder" if verb in (evaluate, generate, config) else ""
             _add_target(
@@ -322,6 +341,13 @@ def _add_checkpoint_actions(command: argparse.ArgumentParser) -> None:
             parser.add_argument("--step", type=_step_number, metavar="STEP", help=f"which checkpoint; default: {which}")
         if action == "prune":
             parser.add_argument("--dry-run", action="store_true", help="say what would be deleted, delete nothing")
+
+
+def _add_study_actions(command: argparse.ArgumentParser) -> None:
+    actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for action, summary in STUDY_ACTIONS.items():
+        parser = actions.add_parser(action, help=summary, description=summary)
+        _add_target(parser, "a file such as those in configs/studies/")
 
 
 def _add_conversion(command: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from harness.config.errors import HarnessError
+from harness.config import HarnessError
 
 
 def sync(path: Path) -> None:

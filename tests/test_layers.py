@@ -7,7 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"kernels", "config", "disk", "stop"},
+    {"kernels", "config", "stop"},
+    {"disk"},
     {"text"},
     {"parallel"},
     {"optim"},

@@ -17,8 +17,8 @@ from .sketch import Sketch
 from .targets import Targets
 from .windows import cut_windows
 
-PROBES = 8
-"""How many targets features are taken with at most, and at most one in so many."""
+PROBES, TARGETS_A_PROBE = 4, 8
+"""How many targets features are taken with: one in so many, and so many at most."""
 
 
 class ScoreSection(Section):
@@ -174,7 +174,7 @@ class Scorer:
     def _probe_indices(self) -> np.ndarray:
         """Targets at the middles of equal parts of all, in the order of C(y)."""
         order = np.argsort(self._target_sizes, kind="stable")
-        count = max(1, min(PROBES, len(order) // PROBES))
+        count = max(1, min(PROBES, len(order) // TARGETS_A_PROBE))
         return order[[(2 * i + 1) * len(order) // (2 * count) for i in range(count)]]
 
     @functools.cached_property

@@ -116,7 +116,7 @@ def test_features_are_scores_over_single_targets(method: str, windows: str) -> N
     for column, index in zip(features.T, order[[4, 12, 20]], strict=False):
         expected = open_scorer(section, targets.take([index])).scores(texts)
         np.testing.assert_allclose(column, expected, atol=1e-7)
-    assert features.shape == (40, 3 + 4)
+    assert features.shape == (40, 3 + 2)
 
 
 def test_gain_is_not_raced() -> None:

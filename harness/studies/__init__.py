@@ -1,0 +1,9 @@
+"""Studies: many training runs with one question.
+
+In: a file of configs/studies/ whose `kind` names the kind of study. Out: a work folder with a result for every run, and
+a report. Read kinds.py first, then the room of the kind.
+"""
+
+from .kinds import plan, report, run, status
+
+__all__ = ["plan", "report", "run", "status"]
