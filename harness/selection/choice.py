@@ -45,6 +45,8 @@ class Choice:
         self._dropped: dict[tuple[int, int], np.ndarray] = {}
         self.near_repeats = 0
         self.leaks = 0
+        if any(task == "inspect" for _, task in work.rounds(shards)):
+            self._drop_inspected()
 
     def parts(self) -> Iterable[View]:
         """Everything known, part by part."""
@@ -204,8 +206,7 @@ class Choice:
         rows = Rows()
         if not self.needs_inspection():
             return rows
-        self._drop_inspected()
-        if not any(((self.chosen(view) >= 0) & ~view.inspected).any() for view in self.parts()):
+        if not any((self._decides(view) & ~view.inspected).any() for view in self.parts()):
             return rows
         wider = [
             None
@@ -220,12 +221,23 @@ class Choice:
             for target, ending in enumerate(self.endings())
         ]
         for view in self.parts():
-            mask = self.chosen(view) >= 0
+            mask = self._decides(view)
             for target, cut in enumerate(wider):
                 if cut is not None:
                     mask |= self.open_to(view, self.endings()[:target]) & cut.takes(view, view.scores[:, target])
             rows.add(view, mask & ~view.inspected)
         return rows
+
+    def _decides(self, view: View) -> np.ndarray:
+        """bool [records]: what has to be inspected: the chosen, and the first that did not fit, if it might after all
+        (its tokens are an estimate) or might be left out, so that the next one fits."""
+        mask = self.chosen(view) >= 0
+        if self._settings.budget.unit in ("tokens", "bytes"):
+            for ending in self.endings():
+                if ending.cut.next is not None and ending.cut.next[-2] == view.shard:
+                    row = ending.cut.next[-1] - view.first_row
+                    mask[row : row + 1] |= 0 <= row < len(view)
+        return mask
 
     def _typical_weight(self) -> float:
         count = amount = 0
@@ -286,15 +298,29 @@ class Choice:
         }
         return [signature for _, (key, row), signature in candidates if (*key, row) in chosen]
 
+    # Whether there is enough.
+
+    def check_pool(self) -> None:
+        """HarnessError where the pool has no document at all, or, as far as can be told before any is inspected, less
+        than the budget, and budget.when_short is stop."""
+        budget = self._settings.budget
+        if not any(view.eligible.any() for view in self.parts()):
+            raise HarnessError(f"{self._settings.pool.label}: has no document with text: all are empty or unreadable")
+        if budget.unit in ("documents", "bytes"):
+            self._check(sum(int(self.weights(view)[self.open_to(view, [])].sum()) for view in self.parts()))
+
     def check_filled(self) -> None:
-        """HarnessError where the pool has less than the budget and budget.when_short is stop."""
+        """HarnessError where the choice, made, is all that there is and less than the budget, likewise."""
+        if any(ending.wanted is not None and ending.cut.next is None for ending in self.endings()):
+            self._check(sum(ending.cut.amount for ending in self.endings()))
+
+    def _check(self, have: int) -> None:
         budget = self._settings.budget
         if budget.when_short == "take" or budget.unit in ("threshold", "share"):
             return
         wanted = getattr(budget, budget.unit)
-        have = sum(int(self.weights(view)[self.open_to(view, [])].sum()) for view in self.parts())
         if have < wanted:
             raise HarnessError(
-                f"budget.{budget.unit}: {wanted:,} is more than the pool's {have:,} (after empty, unreadable and "
-                "repeated documents); lower it, or set budget.when_short=take"
+                f"budget.{budget.unit}: {wanted:,} is more than the pool's {have:,} (without empty, unreadable, "
+                "repeated and leaking documents); lower it, or set budget.when_short=take"
             )

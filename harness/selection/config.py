@@ -120,8 +120,8 @@ class RacingSection(Section):
     """Whether to score every document on every target instead."""
 
     audited_documents: int = Field(1024, ge=64)
-    """Random documents that are scored on all targets whatever their estimate: what the estimate is fitted to, and
-    what its recall is measured on."""
+    """Random documents that are scored on all targets whatever their estimate: to one half the estimate is fitted, on
+    the other its recall is measured."""
 
     headroom: float = Field(1.5, ge=1)
     """How many times the budget is scored on all targets at first."""
@@ -161,6 +161,14 @@ class LeaksSection(Section):
 
     share: float = Field(0.3, gt=0, le=1)
     """Part of a target's word runs from which on a document holds it."""
+
+    @field_validator("against")
+    @classmethod
+    def _check_against(cls, value: tuple[TextSource, ...]) -> tuple[TextSource, ...]:
+        for each in value:
+            if not each.source:
+                raise ValueError(f"{each.name!r} has no text: set `source` (files, folders, globs)")
+        return value
 
 
 class OutputSection(Section):

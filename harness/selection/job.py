@@ -16,10 +16,19 @@ from .passes import Pass
 from .pool import Pool, Shard, read_targets
 from .targets import Targets
 from .tasks import Worker
+from .tokens import stamp_of
 from .work import WorkFolder
 from .writer import Decision, write_shard
 
 CHOSEN, REJECTED = "chosen", "rejected"
+WRITTEN = [f"{prefix}{kind}" for kind in (CHOSEN, REJECTED) for prefix in ("", ".partial-", ".old-")]
+"""Folders of a selection with documents."""
+
+
+def work_folder(settings: SelectSettings) -> Path:
+    """Where the scores lie."""
+    output = settings.output
+    return Path(output.folder).expanduser() / "work" if output.work is None else Path(output.work).expanduser()
 
 
 class Job:
@@ -28,16 +37,13 @@ class Job:
     def __init__(self, settings: SelectSettings) -> None:
         self.settings = settings
         self.folder = Path(settings.output.folder).expanduser()
-        self.pool = Pool(settings.pool)
+        self.pool = Pool(settings.pool, [work_folder(settings), *(self.folder / name for name in WRITTEN)])
         texts = [read_targets(target) for target in settings.targets]
         against = [text for source in settings.leaks.against for text in read_targets(source)]
         self.targets = [Targets(each) for each in texts]
         forbidden = [text for each in texts for text in each] + against
         self.worker = Worker(settings, self.targets, forbidden)
-        place = settings.output.work
-        self.work = WorkFolder(
-            Path(place).expanduser() if place is not None else self.folder / "work", self._state(forbidden)
-        )
+        self.work = WorkFolder(work_folder(settings), self._state(), self._inspection(forbidden))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"settings": self.settings}
@@ -45,8 +51,8 @@ class Job:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def _state(self, forbidden: list[bytes]) -> dict[str, Any]:
-        """All that scores and inspections depend on."""
+    def _state(self) -> dict[str, Any]:
+        """All that scores depend on."""
         settings = self.settings
         return {
             "format": 1,
@@ -55,11 +61,16 @@ class Job:
             "targets": [digest_of(targets) for targets in self.targets],
             "score": settings.score.model_dump(mode="json"),
             "exact": settings.racing.exact,
-            "duplicates": settings.duplicates.model_dump(mode="json"),
-            "leaks": {"words": settings.leaks.words, "against": digest_of(forbidden)}
-            if settings.leaks.remove
-            else None,
-            "tokenizer": settings.budget.tokenizer,
+            "duplicates": settings.duplicates.remove != "none",
+        }
+
+    def _inspection(self, forbidden: list[bytes]) -> dict[str, Any]:
+        """What inspections depend on besides."""
+        duplicates, leaks, tokenizer = self.settings.duplicates, self.settings.leaks, self.settings.budget.tokenizer
+        return {
+            "signatures": [duplicates.shingle_words, duplicates.permutations] if duplicates.remove == "near" else None,
+            "leaks": [leaks.words, digest_of(forbidden)] if leaks.remove else None,
+            "tokenizer": None if tokenizer is None else stamp_of(tokenizer),
         }
 
     @property
@@ -74,8 +85,8 @@ class Job:
         """Write a shard's chosen (and rejected) documents, unless that is done."""
         if self.work.facts("final", shard.number) is not None:
             return
-        with np.load(self.work.path / "final" / f"shard-{shard.number:05d}.npz", allow_pickle=False) as stored:
-            chosen, scores, usable = stored["chosen"], stored["scores"], stored["usable"]
+        stored = self.work.load(self.work.path / "final" / f"shard-{shard.number:05d}.npz")
+        chosen, scores, usable = stored["chosen"], stored["scores"], stored["usable"]
         names = np.array(["", *(target.name for target in self.settings.targets)])
         targets = names[chosen + 1] if len(self.settings.targets) > 1 else None
         output = self.settings.output
@@ -85,7 +96,21 @@ class Job:
             if kind == CHOSEN or output.rejected:
                 folder = self.folder / f".partial-{kind}"
                 facts[kind] = write_shard(self.pool, shard, Decision(mask, scores, targets), folder, output)
+        self.pool.refuse_changed(shard)
         self.work.finish_shard("final", shard.number, facts)
+
+    def is_written(self, shard: Shard) -> bool:
+        """Whether what `write_shard` has noted of a shard, if anything, still lies where it was written to."""
+        facts = self.work.facts("final", shard.number) or {}
+        return all(
+            any(_has_size(self.folder / place / entry["file"], entry["bytes"]) for place in (f".partial-{kind}", kind))
+            for kind, entries in facts.items()
+            for entry in entries
+        )
+
+
+def _has_size(file: Path, size: int) -> bool:
+    return file.is_file() and file.stat().st_size == size
 
 
 def digest_of(texts: Iterable[bytes]) -> str:

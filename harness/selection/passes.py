@@ -59,6 +59,7 @@ class Pass:
                 done = self._work.parts(self._name, shard.number)
                 for batch in batches(records, wanted, done):
                     yield (shard, batch), (self._task, [self._unit(record) for record in batch.records])
+                self._pool.refuse_changed(shard)
             yield (shard, None), None
 
     def _unit(self, record: Any) -> Unit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,10 +65,15 @@ class Batch:
 class Pool:
     """The files of a pool, in the order of their paths."""
 
-    def __init__(self, section: PoolSection) -> None:
+    def __init__(self, section: PoolSection, without: Sequence[Path] = ()) -> None:
+        """Without what lies in the folders `without`: what a selection writes is not what it chooses from."""
         self.section = section
-        files = find_files(section)
-        self.root = Path(os.path.commonpath([file.path.absolute().parent for file in files]))
+        own = tuple(f"{os.path.abspath(folder)}{os.sep}" for folder in without)
+        found = {_absolute(file): file for file in find_files(section)}  # once, however often it is named
+        files = [file for path, file in found.items() if not str(path).startswith(own)]
+        if not files:
+            raise HarnessError(f"{section.label}: all {len(found)} files lie in the selection's own folders")
+        self.root = Path(os.path.commonpath([_absolute(file).parent for file in files]))
         """The folder that names are relative to."""
         self._names: dict[Path, str] = {}
         texts = [file for file in files if file.format == "text"]
@@ -83,7 +88,7 @@ class Pool:
     def name(self, file: SourceFile) -> str:
         """A file's path below `root`."""
         if file.path not in self._names:  # asked for every record
-            self._names[file.path] = file.path.absolute().relative_to(self.root).as_posix()
+            self._names[file.path] = _absolute(file).relative_to(self.root).as_posix()
         return self._names[file.path]
 
     def id_of(self, file: SourceFile, number: int) -> str:
@@ -109,9 +114,27 @@ class Pool:
                     yield PoolRecord(row, file, record)
                     row += 1
 
+    def refuse_changed(self, shard: Shard) -> None:
+        """HarnessError where a file of the shard is not what it was when the selection began."""
+        for file in shard.files:
+            try:
+                status = file.path.stat()
+            except OSError as error:
+                raise HarnessError(f"{self.section.label}: {file.path}: is gone ({error.strerror})") from None
+            if (status.st_size, status.st_mtime_ns) != (file.size, file.modified_ns):
+                raise HarnessError(
+                    f"{self.section.label}: {file.path}: was changed while it was read; select again, into another "
+                    "output.work"
+                )
+
     def place(self, record: PoolRecord) -> tuple[Path, str]:
         """For messages."""
         return record.file.path, place_of(record.file, record.record.number)
+
+
+def _absolute(file: SourceFile) -> Path:
+    """Without `..`, which would lead out of the folder that is written to; links stay."""
+    return Path(os.path.abspath(file.path))
 
 
 def batches(records: Iterator[PoolRecord], wanted: np.ndarray | None, skipped_parts: set[int]) -> Iterator[Batch]:

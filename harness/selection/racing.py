@@ -21,6 +21,10 @@ from .work import View
 Parts = Callable[[], Iterable[View]]
 FITTED_ROWS = 1 << 16
 """Most rows that a regression is fitted to."""
+FEWEST_FITTED = 24
+"""Of fewer documents the whole pool was scored, or all but some that are the same."""
+ROUNDING = 1e-6
+"""How far an estimate may be off for the float32 of the features alone."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +50,19 @@ class Audit:
 
     audited: int
     """Documents of the sample that were out of the race."""
-    left_out: int
-    """Documents out of the race in all."""
+    unscored: int
+    """Documents out of the race of which only the estimate is known."""
     missed: int
     """Documents of the sample that should have been chosen."""
 
     def recall(self, chosen: int) -> tuple[float, float]:
         """Of `chosen` documents, the part of the right ones that is among them: an estimate, and the lower end of its
-        95 % interval (Clopper and Pearson's, one-sided, for the rate of missed ones in the sample)."""
-        if self.left_out == 0:
-            return 1.0, 1.0
-        if self.audited == 0:
-            return math.nan, 0.0
-        rate = self.missed / self.audited
-        return tuple(chosen / (chosen + r * self.left_out) for r in (rate, _upper_rate(self)))  # type: ignore[return-value]
+        95 % interval (Clopper and Pearson's, one-sided, for the rate of missed ones in the sample). Where nothing was
+        audited, both are what they would be if all unscored ones were missed."""
+        rate = self.missed / self.audited if self.audited else 1.0
+        missed = rate * self.unscored, _upper_rate(self) * self.unscored
+        estimate, least = (chosen / (chosen + count) if count else 1.0 for count in missed)
+        return estimate, least
 
 
 def features_of(view: View, target: int) -> np.ndarray:
@@ -72,7 +75,7 @@ def first_round(parts: Parts, targets: int, budgets: list[int | None], weights: 
     rows = Rows()
     sample = audit_limit(parts, section.audited_documents)
     for view in parts():
-        rows.add(view, view.eligible & (view.measured["digest"][:, 0] <= sample))
+        rows.add(view, view.eligible & is_drawn(view, sample))
     for target in range(targets):
 
         def rough(view: View, target: int = target) -> np.ndarray:
@@ -94,14 +97,14 @@ class Race:
         self._parts = parts
         self._target = target
         self._section = section
-        self.estimator = fit(parts, target, focus)
+        self.estimator = fit(parts, target, focus, audit_limit(parts, section.audited_documents))
 
     def estimates(self, view: View) -> np.ndarray:
         """float64 [records]."""
         return self.estimator(features_of(view, self._target))
 
     def _in(self, view: View, limit: float) -> np.ndarray:
-        margin = self._section.margin * self.estimator.shortfall
+        margin = max(self._section.margin * self.estimator.shortfall, ROUNDING)
         inside: np.ndarray = view.eligible & (self.estimates(view) >= limit - margin)
         return inside
 
@@ -122,14 +125,14 @@ class Race:
     def audit(self, limit: float) -> Audit:
         """How the random sample fared among those out of the race; `limit` is the last chosen score."""
         sample = audit_limit(self._parts, self._section.audited_documents)
-        audited = left_out = missed = 0
+        audited = unscored = missed = 0
         for view in self._parts():
             out = view.eligible & ~self._in(view, limit)
-            drawn = out & (view.measured["digest"][:, 0] <= sample)
+            drawn = out & is_audited(view, sample)
             audited += int(drawn.sum())
-            left_out += int(out.sum())
+            unscored += int((out & np.isnan(view.scores[:, self._target])).sum())
             missed += int((drawn & (view.scores[:, self._target] >= limit)).sum())
-        return Audit(audited, left_out, missed)
+        return Audit(audited, unscored, missed)
 
 
 class Rows:
@@ -167,14 +170,29 @@ def audit_limit(parts: Parts, documents: int) -> np.uint64:
     return lowest[-1] if len(lowest) else np.uint64(0)
 
 
-def fit(parts: Parts, target: int, threshold: float) -> Estimator:
-    """A regression on what was scored on all targets, most of which stands near the threshold or above."""
-    features, scores = [], []
+def is_drawn(view: View, limit: np.uint64) -> np.ndarray:
+    """bool [records]: in the random sample."""
+    drawn: np.ndarray = view.measured["digest"][:, 0] <= limit
+    return drawn
+
+
+def is_audited(view: View, limit: np.uint64) -> np.ndarray:
+    """bool [records]: in the half of the sample that no estimate is fitted to, so that it can be measured there."""
+    return is_drawn(view, limit) & (view.measured["digest"][:, 1] % np.uint64(2) == 1)
+
+
+def fit(parts: Parts, target: int, threshold: float, limit: np.uint64) -> Estimator:
+    """A regression on what was scored on all targets, most of which stands near the threshold or above; without what
+    is audited (`limit` as of `audit_limit`), unless there is hardly anything else."""
+    features, scores, audited = [], [], []
     for view in parts():
         known = np.flatnonzero(view.eligible & ~np.isnan(view.scores[:, target]))
         features.append(features_of(view, target)[known])
         scores.append(view.scores[known, target])
-    x, y = np.concatenate(features).astype(np.float64), np.concatenate(scores)
+        audited.append(is_audited(view, limit)[known])
+    x, y, own = np.concatenate(features).astype(np.float64), np.concatenate(scores), ~np.concatenate(audited)
+    if own.sum() >= FEWEST_FITTED:
+        x, y = x[own], y[own]
     keep = np.sort(np.argsort(np.abs(y - threshold), kind="stable")[:FITTED_ROWS])
     x, y = x[keep], y[keep]
     # The documents in question are those near the threshold, so there the estimate has to be good.
@@ -189,11 +207,15 @@ def fit(parts: Parts, target: int, threshold: float) -> Estimator:
 
 def _upper_rate(audit: Audit) -> float:
     """Upper end of the one-sided 95 % interval of missed / audited."""
-    low, high = audit.missed / audit.audited, 1.0
+    count = audit.audited
+    if audit.missed == count:
+        return 1.0
+    ways = [math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) for k in range(audit.missed + 1)]
+    low, high = audit.missed / count, 1.0
     for _ in range(60):  # the rate at which so few misses have a chance of 5 %
         rate = (low + high) / 2
         chance = sum(
-            math.comb(audit.audited, k) * rate**k * (1 - rate) ** (audit.audited - k) for k in range(audit.missed + 1)
+            math.exp(way + k * math.log(rate) + (count - k) * math.log1p(-rate)) for k, way in enumerate(ways)
         )
         low, high = (rate, high) if chance > 0.05 else (low, rate)
     return high

@@ -29,6 +29,8 @@ class Cut:
     documents: int
     amount: int
     """Documents, tokens or bytes, as the budget counts."""
+    next: Rank | None = None
+    """Rank of the first document that did not fit; None where all did."""
 
     def takes(self, view: View, scores: np.ndarray) -> np.ndarray:
         """bool [records]; False where a score is unknown (NaN)."""
@@ -91,6 +93,6 @@ def cut_at(parts: Callable[[], Iterable[View]], scores: Column, open_to: Column,
     last, documents, amount = None, int(counts[border + 1 :].sum()), better
     for rank, weight in found:
         if amount + weight > budget:
-            break
+            return Cut(border, last, documents, amount, rank)
         last, documents, amount = rank, documents + 1, amount + weight
-    return Cut(border, last, documents, amount)
+    raise AssertionError("the histogram and the records of its bin disagree")

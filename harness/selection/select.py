@@ -7,6 +7,7 @@ import json
 import resource
 import shutil
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from harness.text import Progress, choose_workers
 
 from .choice import Choice
 from .config import SelectSettings
-from .job import CHOSEN, REJECTED, Job
+from .job import CHOSEN, REJECTED, Job, work_folder
 from .record import MACHINERY, RECORD, describe, summarize
 from .repeats import find_exact_repeats
 from .report import write_report
@@ -85,16 +86,23 @@ def select(settings: SelectSettings, *, progress: Progress | None = None) -> dic
     folder = Path(settings.output.folder).expanduser()
     refuse_other(folder, settings)
     try:
-        with locked(folder, "selecting", "choose another output.folder"):
+        with locked(folder, "selecting", "choose another output.folder"), _locked_work(settings):
             job = Job(settings)
             summary = _select(job, executor, progress)
+            wall, cpu = time.perf_counter() - started[0], _cpu_seconds() - started[1]
+            summary["time"] |= {"wall_seconds": wall, "cpu_seconds": cpu, "workers": executor.workers(job)}
+            write_json(folder / "report.json", summary)
+            write_report(folder, summary)
     except OSError as error:
         raise HarnessError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
-    wall, cpu = time.perf_counter() - started[0], _cpu_seconds() - started[1]
-    summary["time"] |= {"wall_seconds": wall, "cpu_seconds": cpu, "workers": executor.workers(job)}
-    write_json(folder / "report.json", summary)
-    write_report(folder, summary)
     return summary
+
+
+def _locked_work(settings: SelectSettings) -> AbstractContextManager[None]:
+    """Two selections may share their scores, one after the other."""
+    work, folder = work_folder(settings), Path(settings.output.folder).expanduser()
+    same = work.absolute() == folder.absolute()
+    return nullcontext() if same else locked(work, "selecting", "choose another output.work")
 
 
 def _select(job: Job, executor: Executor, progress: Progress) -> dict[str, Any]:
@@ -103,15 +111,16 @@ def _select(job: Job, executor: Executor, progress: Progress) -> dict[str, Any]:
     repeated = _repeats(job)
     while True:
         choice = Choice(job.settings, job.work, shards, repeated, job.worker.races)
-        choice.check_filled()
+        choice.check_pool()
         task, rows = "score", choice.to_score()
         if not len(rows):
             task, rows = "inspect", choice.to_inspect()
         if not len(rows):
             break
         name = f"round-{len(job.work.rounds(shards)):03d}"
-        job.work.plan_round(name, task, rows.by_shard(shards))
+        task = job.work.plan_round(name, task, rows.by_shard(shards))
         executor.run_pass(job, name, task)
+    choice.check_filled()
     _decide(job, choice)
     executor.write(job)
     _publish(job)
@@ -133,8 +142,7 @@ def _repeats(job: Job) -> Arrays:
         shards = len(job.shards)
         records = sum(len(view) for view in views(job.work, shards, {}))
         save_arrays(file, find_exact_repeats(lambda: views(job.work, shards, {}), records))
-    with np.load(file, allow_pickle=False) as stored:
-        return {key: stored[key] for key in stored.files}
+    return job.work.load(file)
 
 
 def _decide(job: Job, choice: Choice) -> None:
@@ -156,11 +164,14 @@ def _decide(job: Job, choice: Choice) -> None:
         for column in columns:
             token.update(column.tobytes())
     plan = {"plan": token.hexdigest()}
-    if read_json(final / "plan.json") == plan:
+    if read_json(final / "plan.json") == plan and all(map(job.is_written, job.shards)):
         return
+    (final / "plan.json").unlink(missing_ok=True)  # first: without it the rest does not count
     shutil.rmtree(final, ignore_errors=True)
     for kind in (CHOSEN, REJECTED):
         shutil.rmtree(job.folder / f".partial-{kind}", ignore_errors=True)
+    for kind in (CHOSEN, REJECTED) if job.settings.output.rejected else (CHOSEN,):
+        (job.folder / f".partial-{kind}").mkdir(parents=True)  # where nothing is chosen, the folder is empty
     for number, arrays in joined.items():
         save_arrays(final / f"shard-{number:05d}.npz", arrays)
     write_json(final / "plan.json", plan)
@@ -169,10 +180,13 @@ def _decide(job: Job, choice: Choice) -> None:
 def _publish(job: Job) -> None:
     """The finished folders take their names."""
     for kind in (CHOSEN, REJECTED):
-        partial = job.folder / f".partial-{kind}"
+        partial, final, old = (job.folder / f"{prefix}{kind}" for prefix in (".partial-", "", ".old-"))
         if partial.is_dir():
-            shutil.rmtree(job.folder / kind, ignore_errors=True)
-            partial.rename(job.folder / kind)
+            shutil.rmtree(old, ignore_errors=True)
+            if final.exists():
+                final.rename(old)
+            partial.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def refuse_other(folder: Path, settings: SelectSettings) -> None:

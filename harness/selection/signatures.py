@@ -14,6 +14,8 @@ from .config import DuplicatesSection
 
 WORD = re.compile(r"\w+")
 SCHEME = "affine32"
+FALSE_POSITIVES_AND_NEGATIVES = (0.05, 0.95)
+"""How much each is to be avoided by the index: what it finds wrongly is compared, what it misses is not."""
 
 
 class Signer:
@@ -29,6 +31,8 @@ class Signer:
         count = self._section.shingle_words
         last = max(len(words) - count, 0)
         shingles = {" ".join(words[start : start + count]).encode() for start in range(last + 1)}
+        if not words:  # signs alone are not all the same text
+            shingles = {text.strip().encode()}
         signature = self._empty.copy()
         signature.update_batch(sorted(shingles))
         return np.asarray(signature.hashvalues, dtype=np.uint32)
@@ -41,7 +45,7 @@ def find_repeats(signatures: Iterable[np.ndarray], section: DuplicatesSection) -
     dropped where the estimated Jaccard similarity with one of them reaches `section.similarity`.
     """
     datasketch = _datasketch()
-    index = datasketch.MinHashLSH(threshold=section.similarity, num_perm=section.permutations)
+    index = datasketch.MinHashLSH(section.similarity, section.permutations, weights=FALSE_POSITIVES_AND_NEGATIVES)
     permutations = datasketch.MinHash(num_perm=section.permutations, seed=1, scheme=SCHEME).permutations
     kept: dict[int, Any] = {}
     repeats = []

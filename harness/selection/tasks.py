@@ -156,6 +156,8 @@ def _text_of(fields: Content | Unusable, pool: PoolSection) -> str | Unusable:
     if isinstance(fields, Unusable):
         return fields
     if isinstance(fields, dict) and pool.id_field is not None and fields.get(pool.id_field) is None:
+        if pool.id_field in fields:
+            return Unusable(f"{pool.id_field!r} (id_field) should name the document, found null")
         names = ", ".join(map(repr, list(fields)[:10])) or "none"
         return Unusable(f"has no key {pool.id_field!r} (id_field); its keys are {names}")
     return text_of(fields, pool)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.config import HarnessError
 
@@ -27,3 +27,11 @@ def open_tokenizer(place: str) -> Tokenizer:
         f"budget.tokenizer: {place}: no tokenizer; give a folder with one (data.folder/tokenizer), a .model or a "
         "tokenizer.json"
     )
+
+
+def stamp_of(place: str) -> list[Any]:
+    """What differs where another tokenizer lies at a place: its files' names, sizes and times."""
+    path = Path(place).expanduser()
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    stamps = [(file, file.stat()) for file in files if file.exists()]
+    return [place, *([file.name, stamp.st_size, stamp.st_mtime_ns] for file, stamp in stamps)]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,6 +34,7 @@ from harness.disk import write_whole
 from .pool import PART_ROWS
 
 MEASURE = "measure"
+OUTDATED = "outdated"
 HELD_BYTES = 128 << 20
 """Results that are kept in memory."""
 Arrays = dict[str, np.ndarray]
@@ -40,7 +42,8 @@ Arrays = dict[str, np.ndarray]
 
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` by a JSON file, whole."""
-    replace(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    # Half a surrogate pair, which an id or the name of a file may hold, becomes the escape that JSON has for it.
+    replace(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -63,9 +66,13 @@ def replace(path: Path, content: bytes) -> None:
 class WorkFolder:
     """Files of a selection in progress, by pass, shard and part."""
 
-    def __init__(self, path: Path, state: dict[str, Any]) -> None:
-        """Makes the folder, or takes up one that was made for the same `state` (JSON). HarnessError for another's."""
+    def __init__(self, path: Path, state: dict[str, Any], inspection: dict[str, Any]) -> None:
+        """Makes the folder, or takes up one that was made for the same `state` (JSON). HarnessError for another's.
+
+        `inspection` (JSON) is what inspections depend on besides: those of another one are left alone.
+        """
         self.path = path
+        self._inspection = json.loads(json.dumps(inspection))
         self._held: dict[Path, Arrays] = {}
         self._held_bytes = 0
         file = path / "state.json"
@@ -88,16 +95,23 @@ class WorkFolder:
             return self._held[file]
         if not file.exists():
             return None
-        try:
-            with np.load(file, allow_pickle=False) as stored:
-                columns = {key: stored[key] for key in stored.files}
-        except (OSError, ValueError, EOFError, BadZipFile) as error:
-            raise HarnessError(f"{file}: is damaged ({error}); delete {self.path} and start again") from None
+        columns = self.load(file)
         size = sum(values.nbytes for values in columns.values())
         if self._held_bytes + size <= HELD_BYTES:  # of a larger pool the rest is read anew each time
             self._held[file] = columns
             self._held_bytes += size
         return columns
+
+    def load(self, file: Path) -> Arrays:
+        """What save_arrays wrote below this folder; HarnessError where the file is damaged or gone."""
+        try:
+            with np.load(file, allow_pickle=False) as stored:
+                return {key: stored[key] for key in stored.files}
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
+            raise self._damage(file, error) from None
+
+    def _damage(self, file: Path, error: object) -> HarnessError:
+        return HarnessError(f"{file}: is damaged ({error}); delete {self.path} and start again")
 
     def save(self, name: str, shard: int, part: int, columns: Arrays) -> None:
         """Keep the columns of a part."""
@@ -113,30 +127,53 @@ class WorkFolder:
 
     def facts(self, name: str, shard: int) -> dict[str, Any] | None:
         """What `finish_shard` was told; None where the pass is not complete."""
-        return read_json(self._shard(name, shard) / "done.json")
+        return self._read(self._shard(name, shard) / "done.json")
+
+    def _read(self, file: Path) -> dict[str, Any] | None:
+        found = read_json(file)
+        if found == {}:
+            raise self._damage(file, "no JSON object")
+        return found
 
     def rounds(self, shards: int) -> list[tuple[str, str]]:
-        """Name and task of every complete round, in order."""
+        """Name and task of every complete round, in order; OUTDATED for an inspection by other settings."""
         found = []
         for number in range(len(list(self.path.glob("round-*/plan.json")))):
             name = f"round-{number:03d}"
-            if any(self.facts(name, shard) is None for shard in range(shards)):
+            plan = self._read(self.path / name / "plan.json")
+            if plan is None or any(self.facts(name, shard) is None for shard in range(shards)):
                 break
-            found.append((name, str(json.loads((self.path / name / "plan.json").read_text())["task"])))
+            found.append((name, plan["task"] if self._is_current(plan) else OUTDATED))
         return found
 
-    def plan_round(self, name: str, task: str, wanted: dict[int, np.ndarray]) -> None:
-        """Write down which records a round is about: bool [records] of each shard. Kept if it is there already."""
-        if not (self.path / name / "plan.json").exists():
-            for shard, rows in wanted.items():
-                save_array(self.path / name / "wanted" / f"shard-{shard:05d}.npy", rows)
-            write_json(self.path / name / "plan.json", {"task": task})
+    def _is_current(self, plan: dict[str, Any]) -> bool:
+        return plan["task"] != "inspect" or plan["inspection"] == self._inspection
+
+    def plan_round(self, name: str, task: str, wanted: dict[int, np.ndarray]) -> str:
+        """Write down which records a round is about: bool [records] of each shard; returns its task.
+
+        What an earlier start has planned is kept and done first, even if it had another budget.
+        """
+        file = self.path / name / "plan.json"
+        plan = self._read(file)
+        if plan is not None and self._is_current(plan):
+            return str(plan["task"])
+        file.unlink(missing_ok=True)  # first: without it the rest does not count
+        shutil.rmtree(self.path / name, ignore_errors=True)
+        for shard, rows in wanted.items():
+            save_array(self.path / name / "wanted" / f"shard-{shard:05d}.npy", rows)
+        write_json(file, {"task": task, "inspection": self._inspection})
+        return task
 
     def wanted(self, name: str, shard: int) -> np.ndarray | None:
         """The records of a shard that a pass is about: bool [records]; None for all."""
         if name == MEASURE:
             return None
-        rows: np.ndarray = np.load(self.path / name / "wanted" / f"shard-{shard:05d}.npy", allow_pickle=False)
+        file = self.path / name / "wanted" / f"shard-{shard:05d}.npy"
+        try:
+            rows: np.ndarray = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise self._damage(file, error) from None
         return rows
 
     def count_wanted(self, name: str, shards: int) -> int:

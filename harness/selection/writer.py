@@ -21,6 +21,9 @@ from harness.text import Problem, SourceFile, import_parquet
 from .config import OutputSection
 from .pool import Pool, PoolRecord, Shard
 
+PARQUET_ROWS = 512
+"""Rows that are read at once, as when they were scored: what follows in the file may be damaged."""
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -105,7 +108,7 @@ def _write_parquet(
             schema = schema.append(pyarrow.field(name, kind))
         with parquet.ParquetWriter(stream, schema) as writer:
             first = 0
-            for batch in table.iter_batches(4096):
+            for batch in _batches(table, file):
                 mine = [index for index in range(len(batch)) if first + index in places]
                 if mine:
                     kept = pyarrow.Table.from_batches([batch]).take(pyarrow.array(mine, pyarrow.int64()))
@@ -115,7 +118,20 @@ def _write_parquet(
                         kept = kept.append_column(schema.field(name), values)
                     writer.write_table(kept)
                 first += len(batch)
+                if first > max(places):  # what follows may be damaged
+                    break
     return [_described(folder, path, len(places))]
+
+
+def _batches(table: Any, file: SourceFile) -> Iterator[Any]:
+    """Rows with all their columns; HarnessError where one cannot be read."""
+    import pyarrow
+
+    try:
+        yield from table.iter_batches(PARQUET_ROWS)
+    except pyarrow.ArrowException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise HarnessError(f"{file.path}: a column of the chosen rows cannot be read ({reason})") from None
 
 
 def _write_text(
@@ -137,7 +153,8 @@ def _write_text(
         written.append(_described(folder, folder / name, len(parts)))
     with writing(folder / f"scores-{shard.number:05d}.jsonl", "none") as stream:
         for line in lines:
-            stream.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            # As in work.write_json: the name of a file may be no UTF-8.
+            stream.write(json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
     return written
 
 

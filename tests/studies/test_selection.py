@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from harness import studies
+from harness.cli import main
 from harness.config import ConfigError, HarnessError, plain
 from harness.data import TokenizerSection, open_tokenizer
 from harness.model import ModelSection, build_decoder
@@ -229,15 +229,15 @@ def test_a_part_of_a_study_says_so(finished: SelectionStudySection) -> None:
 def test_the_verbs(finished: SelectionStudySection, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(plain(finished)))
-    studies.plan(file)
+    assert main(["study", "plan", str(file)]) == 0
     assert "scratch: 2 runs of 2,000 tokens: 1,200 unique, 1.7 epochs" in capsys.readouterr().out
-    studies.status(file, ["seeds=2"])
+    assert main(["study", "status", str(file), "seeds=2"]) == 0
     assert "4 of 8 runs are done" in capsys.readouterr().out
-    studies.report(file)
+    assert main(["study", "report", str(file)]) == 0
     assert "report.html" in capsys.readouterr().out
     file.write_text("kind: ladders\n")
-    with pytest.raises(ConfigError, match="'ladders' is no kind of study; known: selection"):
-        studies.plan(file)
+    assert main(["study", "run", str(file)]) == 2
+    assert "'ladders' is no kind of study; known: selection" in capsys.readouterr().err
 
 
 def test_mistakes_in_a_configuration_are_said(tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+"""datatrove's tasks instead of one process: the same result, also after a task has failed."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.config import HarnessError
+from harness.selection import SelectSettings, select
+from harness.selection.job import Job
+from tests.selection.pools import QUIET, result_of
+from tests.selection.test_killed import Inputs
+
+pytest.importorskip("datatrove")
+
+FAILING = '''
+# Run by every Python that starts with this folder on its path: one shard fails as long as a file is there.
+import glob, os, sys, time
+from importlib.machinery import PathFinder, SourceFileLoader
+
+class Loader(SourceFileLoader):
+    def exec_module(self, module):
+        super().exec_module(module)
+        records = module.Pool.records
+
+        def failing(pool, shard, *arguments):
+            for number, record in enumerate(records(pool, shard, *arguments)):
+                if number == 20 and shard.number == {shard} and os.path.exists({flag!r}):
+                    while len(glob.glob({done!r})) < 2:  # datatrove ends the other tasks too
+                        time.sleep(0.01)
+                    raise RuntimeError("the machine went away")
+                yield record
+
+        module.Pool.records = failing
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        spec = PathFinder.find_spec(name, path, target) if name == "harness.selection.pool" else None
+        if spec is not None:
+            spec.loader = Loader(name, spec.origin)
+        return spec
+
+sys.meta_path.insert(0, Finder)
+'''
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return Inputs(tmp_path_factory.mktemp("pool"), 150)
+
+
+@pytest.fixture(scope="module")
+def expected(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one process chooses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("whole"))
+        select(inputs.settings(), progress=QUIET)
+        return result_of(Path("out"))
+
+
+def settings(inputs: Inputs, **fields: Any) -> SelectSettings:
+    return inputs.settings(distributed={"engine": "local"} | fields)
+
+
+def measured(folder: Path) -> set[int]:
+    """Shards whose measures are complete."""
+    return {int(file.parent.name[-5:]) for file in folder.glob("out/work/measure/*/done.json")}
+
+
+def test_a_failed_task_loses_its_shards_and_a_rerun_does_those(
+    inputs: Inputs, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = random.randrange(3)
+    flag = tmp_path / "broken"
+    done = str(tmp_path / "out/work/measure/*/done.json")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(FAILING.format(shard=shard, flag=str(flag), done=done))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=":")
+    monkeypatch.chdir(tmp_path)
+    flag.touch()
+    with pytest.raises(HarnessError) as caught:
+        select(settings(inputs, tasks=3), progress=QUIET)
+    said = str(caught.value)
+    assert said.startswith("measure: a task failed (RuntimeError: the machine went away")
+    assert said.endswith("; the same command goes on with what is missing")
+    assert "\n" not in said
+    assert measured(tmp_path) == {0, 1, 2} - {shard}
+    kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("out/work/measure/*/*")}
+    flag.unlink()
+    select(settings(inputs, tasks=2, workers=1), progress=QUIET)
+    assert result_of(tmp_path / "out") == expected
+    assert all(file.stat().st_mtime_ns == time for file, time in kept.items()), "what was done is not done again"
+
+
+def test_one_process_goes_on_with_what_tasks_began(
+    inputs: Inputs, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = settings(inputs, tasks=50, workers=1)
+    job = Job(first)
+    for shard in job.shards[1:]:
+        job.run_pass("measure", "measure", [shard], 1, QUIET)
+    assert measured(tmp_path) == {1, 2}
+    summary = select(first, progress=QUIET)
+    assert summary["time"]["workers"] == 1
+    assert result_of(tmp_path / "out") == expected
+    select(inputs.settings(), progress=QUIET)
+    assert result_of(tmp_path / "out") == expected
