@@ -216,4 +216,4 @@ def _own(name: str) -> str:
 def _packed_plotly() -> str:
     from plotly.offline import get_plotlyjs
 
-    return base64.b64encode(zlib.compress(get_plotlyjs().encode(), 9)).decode()
+    return base64.b64encode(zlib.compress(get_plotlyjs().encode(), 6)).decode()

@@ -21,6 +21,10 @@ SLACK = 0.05
 """Part of the chosen that is inspected beyond the cut, for those that inspection leaves out."""
 
 
+FEW = 300
+"""Documents that are scored at once rather than estimated first."""
+
+
 @dataclass(frozen=True)
 class Ending:
     """Where the choice for one set of targets ends."""
@@ -146,24 +150,27 @@ class Choice:
 
     def _drop(self, dropped: dict[tuple[int, int], np.ndarray]) -> None:
         self._dropped = dropped
-        for name in ("_endings", "_races_over"):  # which follow from it
+        for name in ("_endings", "_standings"):  # which follow from it
             self.__dict__.pop(name, None)
 
     # What has to be known yet.
 
-    def to_score(self) -> Rows:
-        """Documents that may belong to the choice and have no exact score; none once the race is over."""
+    def to_race(self) -> tuple[str, Rows]:
+        """What to do next, estimate or score, of documents that may belong to the choice and have no exact score; none
+        once the race is over."""
         if not self._races:
-            return Rows()
+            return "score", Rows()
         section = self._settings.racing
         if not any(task == "score" for _, task in self._work.rounds(self._shards)):
-            return first_round(self.parts, self._count, self.budgets, self.weights, section)
-        rows = Rows()
-        for target, ending in enumerate(self.endings()):
-            race = Race(self.parts, target, self._focus(target, ending), section)
+            return "score", first_round(self.parts, self._count, self.budgets, self.weights, section)
+        to_score, to_estimate = Rows(), Rows()
+        for race, ending in zip(self._standings, self.endings(), strict=True):
             most = None if ending.wanted is None else math.ceil(ending.wanted * section.headroom)
-            rows.join(race.next_round(self._limit(ending), self.weights, most))
-        return rows
+            to_score.join(race.to_score(self._limit(ending), self.weights, most))
+            to_estimate.join(race.to_estimate(self._limit(ending), self.weights, most))
+        if len(to_estimate) <= FEW:  # another pass would cost more than their scores
+            to_score.join(to_estimate)
+        return ("score", to_score) if len(to_score) else ("estimate", to_estimate)
 
     @staticmethod
     def _limit(ending: Ending) -> float:
@@ -178,13 +185,13 @@ class Choice:
         return float(np.quantile(np.concatenate(known), 0.9))
 
     def estimates(self, view: View, target: int) -> np.ndarray:
-        """float64 [records]: exact scores, and estimates for documents that are out of the race."""
+        """float64 [records]: exact scores, and estimates for documents that have none."""
         scores = view.scores[:, target]
-        return np.where(np.isnan(scores), self._races_over[target].estimates(view), scores) if self._races else scores
+        return np.where(np.isnan(scores), self._standings[target].estimates(view), scores) if self._races else scores
 
     @cached_property
-    def _races_over(self) -> list[Race]:
-        """Of each set of targets, once the race is over."""
+    def _standings(self) -> list[Race]:
+        """Of each set of targets, by all that is known."""
         section = self._settings.racing
         return [
             Race(self.parts, target, self._focus(target, ending), section)
@@ -193,7 +200,7 @@ class Choice:
 
     def audits(self) -> list[Audit]:
         """Of each set of targets, once the race is over: the random sample among those left out."""
-        races = zip(self._races_over, self.endings(), strict=True)
+        races = zip(self._standings, self.endings(), strict=True)
         return [race.audit(self._limit(ending)) for race, ending in races]
 
     def needs_inspection(self) -> bool:

@@ -13,8 +13,7 @@ from harness.text import Progress
 
 from .config import SelectSettings
 from .passes import Pass
-from .pool import Pool, Shard, read_targets
-from .targets import Targets
+from .pool import Pool, Shard
 from .tasks import Worker
 from .tokens import stamp_of
 from .work import WorkFolder
@@ -38,12 +37,9 @@ class Job:
         self.settings = settings
         self.folder = Path(settings.output.folder).expanduser()
         self.pool = Pool(settings.pool, [work_folder(settings), *(self.folder / name for name in WRITTEN)])
-        texts = [read_targets(target) for target in settings.targets]
-        against = [text for source in settings.leaks.against for text in read_targets(source)]
-        self.targets = [Targets(each) for each in texts]
-        forbidden = [text for each in texts for text in each] + against
-        self.worker = Worker(settings, self.targets, forbidden)
-        self.work = WorkFolder(work_folder(settings), self._state(), self._inspection(forbidden))
+        self.worker = Worker(settings)
+        self.targets = self.worker.targets
+        self.work = WorkFolder(work_folder(settings), self._state(), self._inspection(self.worker.forbidden))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"settings": self.settings}

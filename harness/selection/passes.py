@@ -18,6 +18,12 @@ from .work import MEASURE, Arrays, WorkFolder
 
 logger = logging.getLogger("harness.selection")
 
+TITLES = {
+    "measure": "measuring all documents",
+    "estimate": "looking closer at those in the race",
+    "score": "scoring the best",
+    "inspect": "inspecting the chosen",
+}
 Item = tuple[Shard, Batch | None]
 """A batch of a shard; None behind the last one."""
 
@@ -36,7 +42,7 @@ class Pass:
     def run(self, shards: Iterable[Shard], workers: int, progress: Progress) -> None:
         """Raises HarnessError at the first unreadable record where pool.on_error is stop."""
         shards = [shard for shard in shards if self._work.facts(self._name, shard.number) is None]
-        title = {"measure": "measuring", "score": "scoring the best", "inspect": "inspecting the chosen"}[self._task]
+        title = TITLES[self._task]
         with progress.work(title, sum(shard.bytes_on_disk for shard in shards)) as advance:
             items = self._items(shards, advance)
             if workers == 1:
@@ -45,7 +51,7 @@ class Pass:
                 )
             else:
                 results = map_in_processes(
-                    items, run_in_worker, workers, start_worker, (self._worker,), setting="workers"
+                    items, run_in_worker, workers, start_worker, (self._worker.settings,), setting="workers"
                 )
             self._keep(results)
 
@@ -55,9 +61,9 @@ class Pass:
             wanted = self._work.wanted(self._name, shard.number)
             if wanted is None or wanted.any():
                 note = functools.partial(self._note, shard.number) if self._task == MEASURE else _ignore
-                records = self._pool.records(shard, advance, note)
+                records = self._pool.records(shard, advance, note, wanted)
                 done = self._work.parts(self._name, shard.number)
-                for batch in batches(records, wanted, done):
+                for batch in batches(records, done):
                     yield (shard, batch), (self._task, [self._unit(record) for record in batch.records])
                 self._pool.refuse_changed(shard)
             yield (shard, None), None

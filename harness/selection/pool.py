@@ -101,18 +101,28 @@ class Pool:
         return self.name(file).split("/")[0]
 
     def records(
-        self, shard: Shard, advance: Callable[[int], None], note: Callable[[Problem], None]
+        self,
+        shard: Shard,
+        advance: Callable[[int], None],
+        note: Callable[[Problem], None],
+        wanted: np.ndarray | None = None,
     ) -> Iterator[PoolRecord]:
-        """Every record of a shard. `note` is told of what is unreadable."""
+        """The records of a shard: all, or the rows `wanted` (bool [rows]). `note` is told of what is unreadable."""
         extra = [name for name in (self.section.id_field, self.section.group_field) if name is not None]
-        row = 0
+        rows = None if wanted is None else wanted.tolist()
+        first = 0
         for file in shard.files:
-            for record in read_records(file, self.section, advance, columns=extra):
+            of_file = rows if len(shard.files) == 1 else None  # else where a file's rows begin shows as they are read
+            count = 0
+            for record in read_records(file, self.section, advance, columns=extra, wanted=of_file):
                 if isinstance(record, Problem):
                     note(record)
-                else:
+                    continue
+                count = record.index + 1
+                row = first + record.index
+                if rows is None or (row < len(rows) and rows[row]):
                     yield PoolRecord(row, file, record)
-                    row += 1
+            first += count
 
     def refuse_changed(self, shard: Shard) -> None:
         """HarnessError where a file of the shard is not what it was when the selection began."""
@@ -137,9 +147,8 @@ def _absolute(file: SourceFile) -> Path:
     return Path(os.path.abspath(file.path))
 
 
-def batches(records: Iterator[PoolRecord], wanted: np.ndarray | None, skipped_parts: set[int]) -> Iterator[Batch]:
-    """Records in batches that end where a part ends; only the rows `wanted` (bool [rows]; None: all) of parts that are
-    not to be skipped."""
+def batches(records: Iterator[PoolRecord], skipped_parts: set[int]) -> Iterator[Batch]:
+    """Records in batches that end where a part ends, without those of parts that are to be skipped."""
     held: list[PoolRecord] = []
     size = 0
     for record in records:
@@ -147,7 +156,7 @@ def batches(records: Iterator[PoolRecord], wanted: np.ndarray | None, skipped_pa
         if held and (size >= BATCH_BYTES or part != held[0].row // PART_ROWS):
             yield Batch(held[0].row // PART_ROWS, held)
             held, size = [], 0
-        if part not in skipped_parts and (wanted is None or (record.row < len(wanted) and wanted[record.row])):
+        if part not in skipped_parts:
             held.append(record)
             size += _size(record.record)
     if held:

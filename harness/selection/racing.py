@@ -1,9 +1,10 @@
 """The race: exact scores only for documents that a cheap estimate does not rule out.
 
-Each document has features (see methods.py) that cost few pairs. A linear regression of the exact scores on them, fitted
-to a random sample and to the documents near the top, estimates the rest; whose estimate falls short of the last chosen
-score by more than a margin is out. The margin is a multiple of the largest shortfall seen among documents near there,
-and is measured again after each round, until no document that is still unscored could be missed by this rule.
+Each document has a sketch, which costs no compression, or features, which cost few pairs (see methods.py). A linear
+regression of the exact scores on them, fitted to a random sample and to the documents near the top, estimates the rest;
+whose estimate falls short of the last chosen score by more than a margin is out. The margin is a multiple of the
+largest shortfall seen among documents near there, and is measured again after each round, until no document that is
+still unscored could be missed by this rule. Those that a sketch leaves in the race get features first.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ import numpy as np
 
 from .config import RacingSection
 from .ranking import Column, cut_at
-from .work import View
+from .work import STAGES, View
 
 Parts = Callable[[], Iterable[View]]
+ESTIMATED = 8
+"""Documents whose features are looked at for each one that is scored, at most in one round."""
+HELD_PARTS = 64
+"""Parts whose estimates are kept in memory, 1 MB each; those of a larger pool are computed anew each time."""
 FITTED_ROWS = 1 << 16
 """Most rows that a regression is fitted to."""
 FEWEST_FITTED = 24
@@ -65,13 +70,9 @@ class Audit:
         return estimate, least
 
 
-def features_of(view: View, target: int) -> np.ndarray:
-    """float32 [records, features]."""
-    return view.measured[f"features-{target}"]
-
-
 def first_round(parts: Parts, targets: int, budgets: list[int | None], weights: Column, section: RacingSection) -> Rows:
-    """Whom to score at first: a random sample, and the best by the mean of their features."""
+    """Whom to score at first: a random sample; and where all have features, the best by the mean of these. Where all
+    have sketches, features of the best are looked at before more are scored."""
     rows = Rows()
     sample = audit_limit(parts, section.audited_documents)
     for view in parts():
@@ -79,10 +80,10 @@ def first_round(parts: Parts, targets: int, budgets: list[int | None], weights: 
     for target in range(targets):
 
         def rough(view: View, target: int = target) -> np.ndarray:
-            return features_of(view, target).mean(axis=1, dtype=np.float64)
+            return view.predictors(STAGES[-1], target).mean(axis=1, dtype=np.float64)
 
         budget = budgets[target]
-        if budget is not None:
+        if budget is not None and all(view.predictors(STAGES[-1], target).shape[1] for view in parts()):
             cut = cut_at(parts, rough, lambda view: view.eligible, weights, math.ceil(budget * section.headroom))
             for view in parts():
                 rows.add(view, view.eligible & cut.takes(view, rough(view)))
@@ -90,30 +91,61 @@ def first_round(parts: Parts, targets: int, budgets: list[int | None], weights: 
 
 
 class Race:
-    """What is known of one set of targets: an estimator, and who is still in the race by it."""
+    """What is known of one set of targets: an estimator for each stage, and who is still in the race by them."""
 
     def __init__(self, parts: Parts, target: int, focus: float, section: RacingSection) -> None:
         """`focus`: the score near which estimates have to be good."""
         self._parts = parts
         self._target = target
         self._section = section
-        self.estimator = fit(parts, target, focus, audit_limit(parts, section.audited_documents))
+        sample = audit_limit(parts, section.audited_documents)
+        fits = {stage: fit(parts, stage, target, focus, sample) for stage in STAGES}
+        self.estimators = {stage: found for stage, found in fits.items() if found is not None}
+        self._held: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    def _estimate(self, view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of every record the estimate of the last stage that it has reached, the margin that it needs (float64), and
+        whether that is the last stage of all (bool)."""
+        place = (view.shard, view.part)
+        if place in self._held:
+            return self._held[place]
+        estimates, margins = np.full(len(view), np.nan), np.zeros(len(view))
+        final = np.zeros(len(view), dtype=bool)
+        for stage, estimator in self.estimators.items():
+            predictors = view.predictors(stage, self._target)
+            if not predictors.shape[1]:
+                continue
+            reached = ~np.isnan(predictors[:, 0])
+            estimates[reached] = estimator(predictors[reached])
+            margins[reached] = max(self._section.margin * estimator.shortfall, ROUNDING)
+            if stage == STAGES[-1]:
+                final = reached
+        if len(self._held) < HELD_PARTS:
+            self._held[place] = estimates, margins, final
+        return estimates, margins, final
 
     def estimates(self, view: View) -> np.ndarray:
         """float64 [records]."""
-        return self.estimator(features_of(view, self._target))
+        return self._estimate(view)[0]
 
     def _in(self, view: View, limit: float) -> np.ndarray:
-        margin = max(self._section.margin * self.estimator.shortfall, ROUNDING)
-        inside: np.ndarray = view.eligible & (self.estimates(view) >= limit - margin)
+        estimates, margins, _ = self._estimate(view)
+        inside: np.ndarray = view.eligible & (estimates >= limit - margins)
         return inside
 
-    def next_round(self, limit: float, weights: Column, most: int | None) -> Rows:
-        """Whom to score next: unscored documents whose score may reach `limit`, the best by their estimates where they
-        weigh more than `most`."""
+    def to_score(self, limit: float, weights: Column, most: int | None) -> Rows:
+        """Whom to score next: documents at the last stage whose score may reach `limit`, the best by their estimates
+        where they weigh more than `most`."""
+        return self._pick(limit, weights, most, at_last_stage=True)
 
+    def to_estimate(self, limit: float, weights: Column, most: int | None) -> Rows:
+        """Whose features to look at next, likewise: documents of which only a sketch is known."""
+        return self._pick(limit, weights, None if most is None else most * ESTIMATED, at_last_stage=False)
+
+    def _pick(self, limit: float, weights: Column, most: int | None, *, at_last_stage: bool) -> Rows:
         def candidates(view: View) -> np.ndarray:
-            return self._in(view, limit) & np.isnan(view.scores[:, self._target])
+            waiting = self._in(view, limit) & np.isnan(view.scores[:, self._target])
+            return waiting & (self._estimate(view)[2] == at_last_stage)
 
         cut = None if most is None else cut_at(self._parts, self.estimates, candidates, weights, most)
         rows = Rows()
@@ -181,15 +213,20 @@ def is_audited(view: View, limit: np.uint64) -> np.ndarray:
     return is_drawn(view, limit) & (view.measured["digest"][:, 1] % np.uint64(2) == 1)
 
 
-def fit(parts: Parts, target: int, threshold: float, limit: np.uint64) -> Estimator:
+def fit(parts: Parts, stage: str, target: int, threshold: float, limit: np.uint64) -> Estimator | None:
     """A regression on what was scored on all targets, most of which stands near the threshold or above; without what
-    is audited (`limit` as of `audit_limit`), unless there is hardly anything else."""
+    is audited (`limit` as of `audit_limit`), unless there is hardly anything else. None where no document that was
+    scored has been at this stage."""
     features, scores, audited = [], [], []
     for view in parts():
-        known = np.flatnonzero(view.eligible & ~np.isnan(view.scores[:, target]))
-        features.append(features_of(view, target)[known])
-        scores.append(view.scores[known, target])
-        audited.append(is_audited(view, limit)[known])
+        predictors = view.predictors(stage, target)
+        if predictors.shape[1]:
+            known = np.flatnonzero(view.eligible & ~np.isnan(view.scores[:, target]) & ~np.isnan(predictors[:, 0]))
+            features.append(predictors[known])
+            scores.append(view.scores[known, target])
+            audited.append(is_audited(view, limit)[known])
+    if not sum(map(len, scores)):
+        return None
     x, y, own = np.concatenate(features).astype(np.float64), np.concatenate(scores), ~np.concatenate(audited)
     if own.sum() >= FEWEST_FITTED:
         x, y = x[own], y[own]
@@ -214,8 +251,6 @@ def _upper_rate(audit: Audit) -> float:
     low, high = audit.missed / count, 1.0
     for _ in range(60):  # the rate at which so few misses have a chance of 5 %
         rate = (low + high) / 2
-        chance = sum(
-            math.exp(way + k * math.log(rate) + (count - k) * math.log1p(-rate)) for k, way in enumerate(ways)
-        )
+        chance = sum(math.exp(way + k * math.log(rate) + (count - k) * math.log1p(-rate)) for k, way in enumerate(ways))
         low, high = (rate, high) if chance > 0.05 else (low, rate)
     return high

@@ -18,7 +18,7 @@ from .choice import Choice
 from .job import CHOSEN, Job, digest_of
 from .ranking import ranks
 from .sizes import current_implementation
-from .work import MEASURE, View
+from .work import MEASURE, STAGES, View
 
 RECORD = "selection.json"
 MACHINERY = {"workers", "distributed"}
@@ -150,9 +150,12 @@ class _Tally:
             self.chosen_by_target[target] += int((chosen == target).sum())
         windows = measured["windows"]
         scored = ~np.isnan(view.scores).all(axis=1)
-        for probes, pairs in self._job.worker.pairs:
+        for target, (probes, pairs) in enumerate(self._job.worker.pairs):
+            features = view.predictors(STAGES[-1], target)
+            looked_at = usable & ~np.isnan(features[:, 0]) if features.shape[1] else np.zeros(len(view), dtype=bool)
             self.pairs["all"] += int(windows[usable].sum()) * pairs
-            self.pairs["evaluated"] += int(windows[usable].sum()) * probes + int(windows[usable & scored].sum()) * pairs
+            self.pairs["evaluated"] += int(windows[looked_at].sum()) * probes
+            self.pairs["evaluated"] += int(windows[usable & scored].sum()) * pairs
         for code, name in enumerate(measured["groups"]):
             mine = usable & (measured["group"] == code)
             entry = self._sources.setdefault(str(name), [0, 0, 0, 0])
@@ -245,22 +248,20 @@ class _Tally:
         section = pool.section
         found = {}
         for shard in pool.shards:
-            left = {row for number, row in wanted if number == shard.number}
-            for record in pool.records(shard, lambda count: None, _ignore) if left else ():
-                if record.row in left:
-                    content = record.record.content
-                    fields = fields_of_line(content, section) if isinstance(content, bytes) else content
-                    named = fields if isinstance(fields, dict) else {}
-                    text = text_of(content, section)
-                    place = pool.id_of(record.file, record.record.number)
-                    found[(shard.number, record.row)] = {
-                        "id": str(named.get(section.id_field or "", place)),
-                        "source": str(named.get(section.group_field or "", pool.group_of(record.file))),
-                        "text": text[:300] if isinstance(text, str) else "",
-                    }
-                    left.discard(record.row)
-                if not left:
-                    break
+            rows = [row for number, row in wanted if number == shard.number]
+            mask = np.zeros(max(rows, default=-1) + 1, dtype=bool)
+            mask[rows] = True
+            for record in pool.records(shard, lambda count: None, _ignore, mask) if rows else ():
+                content = record.record.content
+                fields = fields_of_line(content, section) if isinstance(content, bytes) else content
+                named = fields if isinstance(fields, dict) else {}
+                text = text_of(content, section)
+                place = pool.id_of(record.file, record.record.number)
+                found[(shard.number, record.row)] = {
+                    "id": str(named.get(section.id_field or "", place)),
+                    "source": str(named.get(section.group_field or "", pool.group_of(record.file))),
+                    "text": text[:300] if isinstance(text, str) else "",
+                }
         return found
 
 

@@ -26,8 +26,11 @@ def find_exact_repeats(parts: Callable[[], Iterable[View]], records: int) -> Arr
         if not keys:
             continue
         key = np.concatenate(keys)
-        order = np.lexsort((key[:, 2], key[:, 1], key[:, 0]))  # stable: places in order break what is left
         same = np.zeros(len(key), dtype=bool)
+        order = np.argsort(key[:, 0])
+        alike = key[order[1:], 0] == key[order[:-1], 0]  # as good as none: only of these the rest is looked at
+        few = np.unique(np.concatenate([order[1:][alike], order[:-1][alike]]))
+        order = few[np.lexsort((key[few, 2], key[few, 1], key[few, 0]))]  # stable: places in order break what is left
         same[order[1:]] = np.all(key[order[1:], :2] == key[order[:-1], :2], axis=1)
         start = 0
         for name, mine in places:

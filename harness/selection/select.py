@@ -112,7 +112,7 @@ def _select(job: Job, executor: Executor, progress: Progress) -> dict[str, Any]:
     while True:
         choice = Choice(job.settings, job.work, shards, repeated, job.worker.races)
         choice.check_pool()
-        task, rows = "score", choice.to_score()
+        task, rows = choice.to_race()
         if not len(rows):
             task, rows = "inspect", choice.to_inspect()
         if not len(rows):

@@ -1,13 +1,14 @@
 """What is computed of documents: in this process or in others, a batch at a time.
 
-Three passes want different things of a text: `measure` everything that ranks it, `score` its exact scores, `inspect`
-what decides whether a document near the top may be chosen (tokens, MinHash signature, leaked targets).
+Passes want different things of a text: `measure` everything that ranks it, `estimate` features of one that is in the
+race, `score` its exact scores, `inspect` what decides whether a document near the top may be chosen (tokens, MinHash
+signature, leaked targets).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,10 @@ from harness.text import Content, Unusable, fields_of_line, text_of
 from .config import PoolSection, SelectSettings
 from .leaks import LeakCheck
 from .methods import Scorer, open_scorer
+from .pool import read_targets
 from .signatures import Signer
 from .targets import Targets
-from .work import Arrays
+from .work import STAGES, Arrays
 
 WORTH_RACING = 4
 """How many times as much a document's score must cost as its estimate; with few targets all documents are scored."""
@@ -44,25 +46,25 @@ class Outcome:
 
 
 class Worker:
-    """Everything a process needs to work on batches; pickles as settings and targets."""
+    """Everything a process needs to work on batches."""
 
-    def __init__(self, settings: SelectSettings, targets: Sequence[Targets], forbidden: Sequence[bytes]) -> None:
+    def __init__(self, settings: SelectSettings) -> None:
+        """Reads the targets. HarnessError where that fails, or a package is missing."""
         self.settings = settings
-        self.targets = list(targets)
-        self.forbidden = list(forbidden)
+        texts = [read_targets(target) for target in settings.targets]
+        against = [text for source in settings.leaks.against for text in read_targets(source)]
+        self.targets = [Targets(each) for each in texts]
+        self.forbidden = [text for each in texts for text in each] + against
+        """What no chosen document may hold."""
         self._scorers: list[Scorer] = [open_scorer(settings.score, each) for each in self.targets]
         self.races = (
             self._scorers[0].can_race
             and not settings.racing.exact
             and all(scorer.probes * WORTH_RACING <= scorer.pairs for scorer in self._scorers)
         )
+        self.sketches = self.races and self._scorers[0].can_sketch
+        """Whether a race begins with sketches rather than features."""
         self._inspection: _Inspection | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"settings": self.settings, "targets": self.targets, "forbidden": self.forbidden}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -70,12 +72,14 @@ class Worker:
         return [(scorer.probes if self.races else 0, scorer.pairs) for scorer in self._scorers]
 
     def run(self, task: str, units: list[Unit]) -> Outcome:
-        """One of measure, score and inspect on a batch."""
+        """One of measure, estimate, score and inspect on a batch."""
         texts, fields, unusable = self._texts(units)
         if task == "measure":
             columns = self._measure(units, texts, fields)
-        elif task == "score":
-            columns = {"scores": self._scores(texts)}
+        elif task == "estimate":
+            columns = self._features(texts)
+        elif task == "score":  # with the features, so that it is known how well they tell the score
+            columns = {"scores": self._scores(texts), **(self._features(texts) if self.sketches else {})}
         else:
             self._inspection = self._inspection or _Inspection(self.settings, self.forbidden)
             columns = self._inspection.columns(texts)
@@ -100,6 +104,9 @@ class Worker:
         """float64 [texts, sets of targets]."""
         return np.stack([scorer.scores(texts) for scorer in self._scorers], axis=1)
 
+    def _features(self, texts: list[bytes]) -> Arrays:
+        return {f"{STAGES[1]}-{index}": scorer.features(texts) for index, scorer in enumerate(self._scorers)}
+
     def _measure(self, units: list[Unit], texts: list[bytes], fields: list[dict[str, Any]]) -> Arrays:
         pool = self.settings.pool
         usable = np.array([bool(text) and not text.isspace() for text in texts])
@@ -108,8 +115,8 @@ class Worker:
         columns: Arrays = {
             "usable": usable,
             "bytes": np.array([len(text) for text in texts], dtype=np.int64),
-            "digest": np.stack([_digest(text, 16) for text in texts]),
-            "id_digest": np.stack([_digest(name.encode(errors="surrogatepass"), 8)[:1] for name in ids])[:, 0],
+            "digest": _digests(texts, 16),
+            "id_digest": _digests((name.encode(errors="surrogatepass") for name in ids), 8)[:, 0],
             "group": np.array(groups, dtype=np.str_),
         }
         scored = [text for text, good in zip(texts, usable, strict=True) if good]
@@ -117,8 +124,9 @@ class Worker:
         columns["windows"] = _spread(windows, usable)
         if self.races:
             for index, scorer in enumerate(self._scorers):
-                features = scorer.features(scored or [b"-"])[: len(scored)]  # their number, where there are no texts
-                columns[f"features-{index}"] = _spread(features, usable)
+                predict = scorer.sketch if self.sketches else scorer.features
+                predictors = predict(scored or [b"-"])[: len(scored)]  # their number, where there are no texts
+                columns[f"{STAGES[0] if self.sketches else STAGES[1]}-{index}"] = _spread(predictors, usable)
         else:
             columns["scores"] = _spread(self._scores(scored), usable, np.nan)
         return columns
@@ -167,11 +175,10 @@ def _named(fields: dict[str, Any], key: str | None, otherwise: str) -> str:
     return otherwise if key is None else str(fields.get(key, ""))
 
 
-def _digest(data: bytes, size: int) -> np.ndarray:
-    """A hash as two (or one) big-endian numbers, so that numbers sort as bytes do: uint64 [2]."""
-    return np.frombuffer(hashlib.blake2b(data, digest_size=size).digest().ljust(16, b"\0"), dtype=">u8").astype(
-        np.uint64
-    )
+def _digests(texts: Iterable[bytes], size: int) -> np.ndarray:
+    """Hashes of so many bytes as big-endian numbers, so that numbers sort as bytes do: uint64 [texts, size / 8]."""
+    joined = b"".join(hashlib.blake2b(text, digest_size=size).digest() for text in texts)
+    return np.frombuffer(joined, dtype=">u8").astype(np.uint64).reshape(-1, size // 8)
 
 
 def _spread(values: np.ndarray, usable: np.ndarray, missing: float = 0) -> np.ndarray:
@@ -185,10 +192,10 @@ _worker: Worker | None = None
 """A worker process's own; set once when it starts."""
 
 
-def start_worker(worker: Worker) -> None:
-    """What a worker process does first."""
+def start_worker(settings: SelectSettings) -> None:
+    """What a worker process does first. It reads the targets itself: see `map_in_processes`."""
     global _worker
-    _worker = worker
+    _worker = Worker(settings)
 
 
 def run_in_worker(argument: tuple[str, list[Unit]] | None) -> Outcome | None:

@@ -34,6 +34,8 @@ from harness.disk import write_whole
 from .pool import PART_ROWS
 
 MEASURE = "measure"
+STAGES = ("sketch", "features")
+"""What estimates a score, the cheapest first (see methods.py); a race may begin with the second."""
 OUTDATED = "outdated"
 HELD_BYTES = 128 << 20
 """Results that are kept in memory."""
@@ -231,9 +233,21 @@ class View:
         """float64 [records, sets of targets]: exact ones, NaN where unknown."""
         if "scores" in self.measured:
             return self.measured["scores"]
-        full = np.full((len(self), sum(name.startswith("features-") for name in self.measured)), np.nan)
+        full = np.full((len(self), sum(name.startswith(STAGES) for name in self.measured)), np.nan)
         for columns in self._of("score"):
             full[columns["rows"] - self.first_row] = columns["scores"]
+        return full
+
+    def predictors(self, stage: str, target: int) -> np.ndarray:
+        """float32 [records, columns]: what a stage of the race knows of the scores for one set of targets; NaN where
+        nothing yet, no columns where nothing of any."""
+        name = f"{stage}-{target}"
+        if name in self.measured:
+            return self.measured[name]
+        found = [columns for _, columns in self.later if name in columns]
+        full = np.full((len(self), found[0][name].shape[1] if found else 0), np.nan, dtype=np.float32)
+        for columns in found:
+            full[columns["rows"] - self.first_row] = columns[name]
         return full
 
     @cached_property

@@ -19,7 +19,7 @@ from harness.disk import sync
 from harness.text import Problem, SourceFile, import_parquet
 
 from .config import OutputSection
-from .pool import Pool, PoolRecord, Shard
+from .pool import Pool, Shard
 
 PARQUET_ROWS = 512
 """Rows that are read at once, as when they were scored: what follows in the file may be damaged."""
@@ -45,14 +45,10 @@ def write_shard(
     HarnessError where a document has the score's field already.
     """
     write = {"jsonl": _write_jsonl, "parquet": _write_parquet, "text": _write_text}[shard.format]
-    records = [] if not decision.written.any() else _chosen(pool, shard, decision)
-    return write(pool, shard, records, decision, folder, output) if decision.written.any() else []
-
-
-def _chosen(pool: Pool, shard: Shard, decision: Decision) -> Iterator[PoolRecord]:
-    for record in pool.records(shard, lambda count: None, _ignore):
-        if record.row < len(decision.written) and decision.written[record.row]:
-            yield record
+    if not decision.written.any():
+        return []
+    records = pool.records(shard, lambda count: None, _ignore, decision.written)
+    return write(pool, shard, records, decision, folder, output)
 
 
 def _ignore(problem: Problem) -> None:

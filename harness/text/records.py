@@ -29,6 +29,8 @@ class Record:
 
     number: int
     """From 1: the line, the row, the part of a text file. What cannot be read has a number too."""
+    index: int
+    """From 0: its place among the file's records."""
     content: Content
 
 
@@ -53,17 +55,37 @@ class Unusable:
 
 
 def read_records(
-    file: SourceFile, source: TextSource, advance: Callable[[int], None], *, columns: Sequence[str] = ()
+    file: SourceFile,
+    source: TextSource,
+    advance: Callable[[int], None],
+    *,
+    columns: Sequence[str] = (),
+    wanted: Sequence[bool] | None = None,
 ) -> Iterator[Record | Problem]:
     """The records of a file in order, with a Problem where one, or what follows, cannot be read.
 
-    `advance` is told how many bytes were taken from disk. `columns` are read of parquet beside the text's own.
+    `advance` is told how many bytes were taken from disk. `columns` are read of parquet beside the text's own. `wanted`
+    says of records by their index which to give; reading ends with the last of them.
     """
     if file.format == "text":
-        return _read_text(file, source, advance)
-    if file.format == "jsonl":
-        return _read_jsonl(file, advance)
-    return _read_parquet(file, source, advance, columns)
+        records = _read_text(file, source, advance)
+    elif file.format == "jsonl":
+        return _read_jsonl(file, advance, wanted)
+    else:
+        records = _read_parquet(file, source, advance, columns)
+    return records if wanted is None else _only(records, wanted)
+
+
+def _only(records: Iterator[Record | Problem], wanted: Sequence[bool]) -> Iterator[Record | Problem]:
+    left = sum(wanted)
+    for record in records:
+        if not left:
+            return
+        if isinstance(record, Problem):
+            yield record
+        elif record.index < len(wanted) and wanted[record.index]:
+            yield record
+            left -= 1
 
 
 def text_of(content: Content, source: TextSource) -> str | Unusable:
@@ -138,21 +160,31 @@ def _read_text(file: SourceFile, source: TextSource, advance: Callable[[int], No
         yield Problem(file.path, f"line {line}", _undecodable(data, error))
         return
     if source.separator is None:
-        yield Record(1, text)
+        yield Record(1, 0, text)
     else:
         parts = (part for part in text.split(source.separator) if part)
-        yield from (Record(number, part) for number, part in enumerate(parts, 1))
+        yield from (Record(index + 1, index, part) for index, part in enumerate(parts))
 
 
-def _read_jsonl(file: SourceFile, advance: Callable[[int], None]) -> Iterator[Record | Problem]:
-    number = 0
+def _read_jsonl(
+    file: SourceFile, advance: Callable[[int], None], wanted: Sequence[bool] | None
+) -> Iterator[Record | Problem]:
+    number, index = 0, -1
+    end = None if wanted is None else max((place for place, want in enumerate(wanted) if want), default=-1)
     try:
         with open_stream(file, advance) as stream:
             for number, line in enumerate(stream, 1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield Record(number, line)
+                if line.isspace() or not line:
+                    continue
+                index += 1
+                if wanted is None or end is None:
+                    yield Record(number, index, line)
+                elif index > end:
+                    return
+                elif wanted[index]:
+                    yield Record(number, index, line)
     except STREAM_ERRORS as error:
         yield Problem(file.path, f"line {number + 1}", _stream_reason(file, error))
         return
@@ -166,7 +198,7 @@ def _read_parquet(
     parquet = import_parquet()
     import pyarrow
 
-    row = 0
+    row, index = 0, -1
     names = list(dict.fromkeys([*source.text_fields, *columns]))
     try:
         with parquet.ParquetFile(file.path) as table:
@@ -176,9 +208,11 @@ def _read_parquet(
                 return
             for batch in table.iter_batches(PARQUET_ROWS, columns=names):
                 held = [batch.column(name) for name in names]  # `columns` may come in the file's own order
-                for index in range(len(batch)):
+                for offset in range(len(batch)):
                     row += 1
-                    yield _row(file, row, names, [column[index] for column in held])
+                    fields = _fields_of_row(file, row, names, [column[offset] for column in held])
+                    index += not isinstance(fields, Problem)
+                    yield fields if isinstance(fields, Problem) else Record(row, index, fields)
                 rows = table.metadata.num_rows
                 advance(file.size * row // rows - file.size * (row - len(batch)) // rows)
     except (pyarrow.ArrowException, OSError) as error:
@@ -198,14 +232,14 @@ def _wrong_columns(table: Any, source: TextSource, names: list[str]) -> str | No
     return "is empty: it has no rows" if table.metadata.num_rows == 0 else None
 
 
-def _row(file: SourceFile, number: int, names: list[str], values: list[Any]) -> Record | Problem:
+def _fields_of_row(file: SourceFile, number: int, names: list[str], values: list[Any]) -> dict[str, Any] | Problem:
     fields = {}
     for name, value in zip(names, values, strict=True):
         try:
             fields[name] = value.as_py()
         except UnicodeDecodeError as error:
             return Problem(file.path, f"row {number}", f"{name!r} is not UTF-8 ({error.reason} at byte {error.start})")
-    return Record(number, fields)
+    return fields
 
 
 def _stream_reason(file: SourceFile, error: Exception) -> str:

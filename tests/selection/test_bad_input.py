@@ -27,7 +27,6 @@ from tests.selection.pools import (
     line_of,
     result_of,
     settings_of,
-    words,
     write_lines,
 )
 
@@ -92,21 +91,21 @@ def place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Place:
 
 # A file of the pool, what the line says after `pool: {t}/in/FILE: `, and how many documents `skip` leaves of it.
 FILES: list[tuple[str, bytes | Callable[[], bytes], str, int]] = [
-    ("a.jsonl", ROW + b'{"id": 1, "body": "x"}\n', "line 2: has no key 'text' (text_field); its keys are 'id', 'body'", 1),
+    ("a.jsonl", ROW + b'{"id": 1, "body": "x"}\n', "line 2: has no key 'text' (text_field); its keys are 'id'", 1),
     ("a.jsonl", b'{"text": "x"}\n' + ROW, "line 1: has no key 'id' (id_field); its keys are 'text'", 1),
     ("a.jsonl", b'{"text": "x", "id": null}\n', "line 1: 'id' (id_field) should name the document, found null", 0),
-    ("a.jsonl", ROW + b'{"id": 1, "text": "cut o', "line 2: not valid JSON (Unterminated string starting at at co", 1),
+    ("a.jsonl", ROW + b'{"id": 1, "text": "cut o', "line 2: not valid JSON (Unterminated string starting", 1),
     ("a.jsonl", ROW + b'{"id": 1, "text": "\xff"}\n' + ROW, "line 2: not UTF-8: byte 0xff (invalid start byte)", 1),
-    ("a.jsonl", b'{"id": 1, "text": "\\ud83d"}\n', "line 1: the text holds half a surrogate pair, \\ud83d, which is", 0),
+    ("a.jsonl", b'{"id": 1, "text": "\\ud83d"}\n', "line 1: the text holds half a surrogate pair, \\ud83d, whi", 0),
     ("a.jsonl", b'{"id": 1, "text": ["x"]}\n', "line 1: 'text' should be text, found a list", 0),
     ("a.jsonl", b"", "is empty: expected a JSON object a line", 0),
     ("a.txt", b"one\ntwo \xe9\n", "line 2: not UTF-8: byte 0xe9 (invalid continuation byte)", 0),
-    ("a.jsonl.gz", lambda: packed(gzip.compress)[:-9000], "line 2: the gzip stream is truncated here, what follows", 1),
+    ("a.jsonl.gz", lambda: packed(gzip.compress)[:-9000], "line 2: the gzip stream is truncated here, what fol", 1),
     ("a.jsonl.gz", ROW, "line 1: the gzip stream is corrupt here, what follows is lost (Not a gzipped file", 0),
-    ("a.jsonl.zst", lambda: packed(zstandard.compress)[:-9], "line 1: the zstd stream is truncated here, what follows", 0),
-    ("a.parquet", lambda: parquet({"id": ["x"], "body": ["y"]}), "has no column 'text' (text_field); its columns are", 0),
+    ("a.jsonl.zst", lambda: packed(zstandard.compress)[:-9], "line 1: the zstd stream is truncated here, what fol", 0),
+    ("a.parquet", lambda: parquet({"id": ["x"], "body": ["y"]}), "has no column 'text' (text_field); its colum", 0),
     ("a.parquet", lambda: parquet({"text": ["y"]}), "has no column 'id' (id_field); its columns are 'text'", 0),
-    ("a.parquet", lambda: parquet({"id": [None, "x"], "text": ["y", "z"]}), "row 1: 'id' (id_field) should name the", 1),
+    ("a.parquet", lambda: parquet({"id": [None, "x"], "text": ["y", "z"]}), "row 1: 'id' (id_field) should n", 1),
     ("a.parquet", lambda: parquet({"id": ["x"], "text": ["y"]})[:-30], "cannot be read as parquet (", 0),
 ]  # fmt: skip
 
@@ -140,21 +139,21 @@ def test_bad_files(place: Place, name: str, content: bytes | Callable[[], bytes]
 SETTINGS: list[tuple[tuple[str, ...], str]] = [
     (("targets.0.source=[{t}/none.jsonl]",), "targets 'code': source '{t}/none.jsonl': no such file or folder"),
     (("targets.0.source=[]",), "targets.0: has no text: set `source` (files, folders, globs)"),
-    (("targets=[]",), "command line: targets: is empty: name at least one, `- name: mine` with `source: [mine.jsonl]`"),
+    (("targets=[]",), "command line: targets: is empty: name at least one, `- name: mine`"),
     (("targets.0.documents=[1, 9]",), "targets 'code': documents [1, 9]: there are only 3 in its files"),
-    (("targets.0.documents=[2, 2]",), "command line: targets.0.documents: [2, 2] is no range: [first, end) with 0 <= fir"),
+    (("targets.0.documents=[2, 2]",), "command line: targets.0.documents: [2, 2] is no range: [first, end)"),
     (("targets.0.text_field=body",), "targets 'code': {t}/targets.jsonl: line 1: has no key 'body' (text_field); its"),
     (("targets.0.share=0",), "command line: targets.0.share: input should be greater than 0, got 0"),
-    (("score.level=0",), "score: level 0: gzip stores without compressing, so every score is a function of length alone"),
+    (("score.level=0",), "score: level 0: gzip stores without compressing, so every score is a function"),
     (("score.level=10",), "score: level 10: gzip has levels 1 to 9"),
     (("score.compressor=brotli",), "command line: score.compressor: 'brotli' is not one of gzip, lz4, zstd"),
     (("budget.documents=1000",), "budget.documents: 1,000 is more than the pool's "),
     (("budget={bytes: 100000000}",), "budget.bytes: 100,000,000 is more than the pool's "),
-    (("budget.share=0.5",), "budget: say exactly one of documents, tokens, bytes, share, threshold; found documents and s"),
-    (("budget={}",), "command line: budget: say exactly one of documents, tokens, bytes, share, threshold; found none"),
-    (("budget={tokens: 5}",), "budget: tokens are counted by a tokenizer: set both `tokens` and `tokenizer`, or neither"),
+    (("budget.share=0.5",), "budget: say exactly one of documents, tokens, bytes, share, threshold; found doc"),
+    (("budget={}",), "command line: budget: say exactly one of documents, tokens, bytes, share, threshold; fou"),
+    (("budget={tokens: 5}",), "budget: tokens are counted by a tokenizer: set both `tokens` and `token"),
     (("budget={tokens: 5, tokenizer: {t}/none.model}",), "{t}/none.model: "),
-    (("budget={tokens: 5, tokenizer: {t}/targets.jsonl}",), "budget.tokenizer: {t}/targets.jsonl: no tokenizer; give a"),
+    (("budget={tokens: 5, tokenizer: {t}/targets.jsonl}",), "budget.tokenizer: {t}/targets.jsonl: no tokenizer; give"),
     (("budget={tokens: 5, tokenizer: {t}}",), "{t}"),
     (("leaks.against=[{name: x}]",), "leaks.against: 'x' has no text: set `source` (files, folders, globs)"),
     (("pool.source=[{t}/nowhere/*.jsonl]",), "pool: source '{t}/nowhere/*.jsonl': no file matches this glob"),
@@ -199,7 +198,11 @@ def test_folders_of_other_selections(place: Place) -> None:
     assert place.run(*other, "budget.documents=6") == 0
     assert set(chosen_ids(place.folder / "out")) < set(chosen_ids(place.folder / "other"))
     third = f"output.folder={place.folder}/third", other[1]
-    for override, key in [("score.level=1", "score"), ("pool.text_field=source", "pool"), ("racing.exact=true", "exact")]:
+    for override, key in [
+        ("score.level=1", "score"),
+        ("pool.text_field=source", "pool"),
+        ("racing.exact=true", "exact"),
+    ]:
         said = place.refused(*third, override)
         assert said.startswith(f"{{t}}/out/work: holds the scores of another selection ({key} differs); choose another")
     with (place.folder / "in" / "good.jsonl").open("ab") as file:
@@ -243,7 +246,7 @@ def test_damaged_work(place: Place, damage: str) -> None:
         if place.run() != 0:
             refused.add(name)
             said = place.refused()
-            assert said.startswith(f"{{t}}/out/work/{name}: is damaged (") or said.startswith("{t}/out/work: holds the")
+            assert said.startswith((f"{{t}}/out/work/{name}: is damaged (", "{t}/out/work: holds the scores of anot"))
         assert files_below(chosen) == before
         (work / name).write_bytes(kept[name])
     assert refused >= {"measure/shard-00000/part-0000.npz", "measure/shard-00000/done.json", "duplicates.npz"}
@@ -263,7 +266,8 @@ def test_a_full_disk(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(os, "fsync", fsync)
     lines = []
-    for left in range(0, 60, 3):
+    for room in range(0, 60, 3):
+        left = room
         if (place.folder / "out" / "selection.json").exists():
             break
         lines.append(place.refused())

@@ -57,9 +57,9 @@ class Known:
             "output": {"folder": "out"},
         }
         choice = Choice(validate(SelectSettings, values, "test"), self.work, 2, {}, False)
-        assert len(choice.to_score()) == 0
+        assert len(choice.to_race()[1]) == 0
         assert len(choice.to_inspect()) == 0
-        chosen = {}
+        chosen: dict[Key, int] = {}
         for view in choice.parts():
             found = choice.chosen(view)
             chosen |= {(view.shard, int(row)): int(found[row]) for row in np.flatnonzero(found >= 0)}
@@ -137,13 +137,14 @@ def test_more_than_there_is(known: Known, unit: str) -> None:
 
 
 def test_one_budget() -> None:
-    for values, said in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({}, "say exactly one of documents, tokens, bytes, share, threshold; found none"),
         ({"documents": 1, "share": 0.5}, "found documents and share"),
         ({"tokens": 5}, "set both `tokens` and `tokenizer`, or neither"),
         ({"bytes": 5, "tokenizer": "x"}, "set both `tokens` and `tokenizer`, or neither"),
         ({"documents": 0}, "greater than or equal to 1"),
         ({"share": 1.5}, "less than or equal to 1"),
-    ]:
+    ]
+    for values, said in cases:
         with pytest.raises(ConfigError, match=said):
             validate(BudgetSection, values, "test")

@@ -16,7 +16,7 @@ from tests.selection.test_killed import Inputs
 
 pytest.importorskip("datatrove")
 
-FAILING = '''
+FAILING = """
 # Run by every Python that starts with this folder on its path: one shard fails as long as a file is there.
 import glob, os, sys, time
 from importlib.machinery import PathFinder, SourceFileLoader
@@ -45,7 +45,7 @@ class Finder(PathFinder):
         return spec
 
 sys.meta_path.insert(0, Finder)
-'''
+"""
 
 
 @pytest.fixture(scope="module")

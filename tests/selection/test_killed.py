@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 
 from harness.config import dump_yaml
 from harness.selection import SelectSettings, select
+from harness.selection.job import Job
 from harness.stop import EXIT_RESUME
 from tests.selection.pools import (
     QUIET,
@@ -80,7 +82,7 @@ def written(folder: Path) -> dict[str, bytes]:
     """All that must be as without a disturbance; nothing else but work and reports lies there."""
     out = folder / "out"
     names = {path.name for path in out.iterdir()}
-    assert names == {".lock", "chosen", "rejected", "selection.json", "report.json", "report.html", "work"}
+    assert names - {"rejected"} == {".lock", "chosen", "selection.json", "report.json", "report.html", "work"}
     assert not list(out.rglob("[cr]*/**/.tmp-*"))
     return result_of(out) | {f"rejected/{name}": data for name, data in files_below(out / "rejected").items()}
 
@@ -154,11 +156,11 @@ def test_killed_at_any_change_of_the_disk(inputs: Inputs, tmp_path: Path) -> Non
         {"racing": {"exact": True}, "budget": {"documents": 40}},
     ],
 )
-def test_killed_at_every_change_of_the_disk(inputs: Inputs, tmp_path: Path, sections: dict[str, Any]) -> None:
+def test_killed_at_many_changes_of_the_disk(inputs: Inputs, tmp_path: Path, sections: dict[str, Any]) -> None:
     settings = inputs.settings(**sections)
-    calls = torture(settings, tmp_path, trials=5, lives=40)
+    calls = torture(settings, tmp_path, trials=5, lives=20)
     expected = written(tmp_path / "whole")
-    for die_at in range(1, calls + 1):
+    for die_at in random.sample(range(1, calls + 1), min(calls, 60)):
         folder = tmp_path / f"at-{die_at}"
         folder.mkdir()
         assert start(folder, settings, die_at) is None
@@ -188,7 +190,8 @@ def torture(settings: SelectSettings, folder: Path, trials: int, lives: int) -> 
 
 def test_another_budget_after_a_kill(inputs: Inputs, tmp_path: Path) -> None:
     """What was planned for the first is finished first, and changes nothing of the second."""
-    second = inputs.settings(budget={"documents": 12})
+    output = {"rejected": False}  # more of whose scores are known then
+    second = inputs.settings(budget={"documents": 12}, output=output)
     (tmp_path / "whole").mkdir()
     start(tmp_path / "whole", second, None)
     expected = written(tmp_path / "whole")
@@ -197,10 +200,48 @@ def test_another_budget_after_a_kill(inputs: Inputs, tmp_path: Path) -> None:
     for die_at in random.sample(range(calls // 3, calls), 3):
         folder = tmp_path / f"{die_at}"
         folder.mkdir()
-        assert start(folder, inputs.settings(), die_at) is None
+        start(folder, inputs.settings(), die_at)
         (folder / "out" / "selection.json").unlink(missing_ok=True)
+        shutil.rmtree(folder / "out" / "rejected", ignore_errors=True)
         start(folder, second, None)
         assert written(folder) == expected
+
+
+@pytest.mark.parametrize(("first", "task", "second"), [(5, "inspect", 60), (60, "score", 5), (20, "inspect", 30)])
+def test_a_round_that_was_planned_for_another_budget_is_finished_as_planned(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, task: str, second: int
+) -> None:
+    (tmp_path / "whole").mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    wanted = inputs.settings(budget={"documents": second}, output={"rejected": False})
+    select(wanted, progress=QUIET)
+    monkeypatch.chdir(tmp_path)
+    run = Job.run_pass
+
+    def stopping(job: Job, name: str, asked: str, *arguments: Any) -> None:
+        if asked == task:
+            raise KeyboardInterrupt
+        run(job, name, asked, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "run_pass", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            select(inputs.settings(budget={"documents": first}), progress=QUIET)
+    select(wanted, progress=QUIET)
+    assert written(tmp_path) == written(tmp_path / "whole")
+
+
+def test_what_was_deleted_is_written_again(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scores lie elsewhere, and say that all is done."""
+    monkeypatch.chdir(tmp_path)
+    settings = inputs.settings(output={"work": "scores"})
+    select(settings, progress=QUIET)
+    before = result_of(tmp_path / "out")
+    for name in ("out", "out/chosen", "out/chosen/a.jsonl"):
+        path = tmp_path / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        select(settings, progress=QUIET)
+        assert result_of(tmp_path / "out") == before
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import os
 import random
 from pathlib import Path
-from string import ascii_uppercase
 from typing import Any
 
 import pytest
@@ -76,7 +75,7 @@ def test_one_text_many_times(tmp_path: Path) -> None:
 
 def test_equal_scores_go_by_the_hash_of_the_text(tmp_path: Path) -> None:
     r = random.Random()
-    texts = ["".join(r.sample(ascii_uppercase, 12)) for _ in range(1000)]  # of which deflate finds nothing anywhere
+    texts = ["".join(r.sample("ABCDEFGHIJKL", 12)) for _ in range(1000)]  # of which deflate finds nothing anywhere
     targets = ["".join(chr(r.randrange(0x410, 0x450)) for _ in range(90)) for _ in range(20)]
     racing = {"audited_documents": 64, "headroom": 1.0}
     summary = choose(tmp_path, texts, targets, budget={"documents": 40}, racing=racing)

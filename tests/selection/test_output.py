@@ -76,7 +76,8 @@ def test_a_line_stays_as_it_was_and_grows_by_its_score(pool: Prepared, tmp_path:
 
 
 def test_parquet_keeps_its_columns_and_types(pool: Prepared, tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow")
+    import pyarrow
     import pyarrow.parquet
 
     r = pool.r

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -47,18 +46,18 @@ def rows_of(views: Iterable[View]) -> list[tuple[Row, int]]:
             if measured["open"][index] and score == score:
                 digest = [int(number) for number in measured["digest"][index]]
                 place = (view.shard, view.part * PART_ROWS + index)
-                row = (-score, *digest, int(measured["id_digest"][index]), *place)
+                row = (-score, digest[0], digest[1], int(measured["id_digest"][index]), *place)
                 rows.append((row, int(measured["bytes"][index])))
     return sorted(rows)
 
 
 def cut(views: list[View], budget: int) -> Cut:
-    columns: list[Any] = [
-        lambda view: view.scores[:, 0],
-        lambda view: view.measured["open"],
-        lambda view: view.measured["bytes"],
-    ]
-    return cut_at(lambda: views, *columns, budget)
+    def scores(view: View) -> np.ndarray:
+        return view.scores[:, 0]
+
+    return cut_at(
+        lambda: views, scores, lambda view: view.measured["open"], lambda view: view.measured["bytes"], budget
+    )
 
 
 @pytest.mark.parametrize("scores", ["random", "equal", "few", "one bin"])

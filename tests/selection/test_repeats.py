@@ -98,6 +98,36 @@ def test_repeats_of_what_is_kept(similarity: float) -> None:
     assert find_repeats([signer.sign(text) for text in texts], section).tolist() == expected
 
 
+def test_what_is_chosen_for_one_set_of_targets_is_not_chosen_again_for_another(tmp_path: Path) -> None:
+    r = random.Random()
+    targets = draw_targets(r, 2)
+    originals = [f"{words(r, 250)} {' '.join(code(r, 300).split())} {words(r, 250)}" for _ in range(15)]
+    documents = [
+        Document(f"{n}", text, "") for n, text in enumerate(originals + [alike(r, text) for text in originals])
+    ]
+    truth = Truth(documents, targets[:1], targets[1:])
+    kept: list[Document] = []
+    for target, budget in ((0, 8), (1, 5)):
+        ranking = iter(truth.ranking(target, (0, 1)))
+        wanted = len(kept) + budget
+        while len(kept) < wanted:
+            document = next(ranking)
+            if not any(jaccard(document.text, other.text) >= 0.8 for other in kept):
+                kept.append(document)
+    files = [write_lines(tmp_path / "a.jsonl", [line_of(r, document) for document in documents])]
+    aims = [
+        {
+            "name": name,
+            "source": [str(write_lines(tmp_path / name, [json.dumps({"text": text}).encode()]))],
+            "share": share,
+        }
+        for name, text, share in zip(("a.t.jsonl", "b.t.jsonl"), targets, (8, 5), strict=True)
+    ]
+    settings = settings_of(files, aims, tmp_path / "out", budget={"documents": 13}, duplicates={"remove": "near"})
+    select(settings, progress=QUIET)
+    assert set(chosen_ids(tmp_path / "out")) == {document.id for document in kept}
+
+
 def test_the_best_of_near_duplicates_is_chosen_and_others_take_their_place(tmp_path: Path) -> None:
     r = random.Random()
     targets = draw_targets(r, 4)
@@ -109,9 +139,9 @@ def test_the_best_of_near_duplicates_is_chosen_and_others_take_their_place(tmp_p
     truth = Truth(documents, targets)
     kept: list[Document] = []
     for document in truth.ranking():
-        near = [jaccard(document.text, other.text) for other in kept]
-        assert all(not 0.6 < value < 0.95 for value in near), "no pair is a matter of chance"
-        if not any(value >= 0.8 for value in near):
+        similar = [jaccard(document.text, other.text) for other in kept]
+        assert all(not 0.6 < value < 0.95 for value in similar), "no pair is a matter of chance"
+        if not any(value >= 0.8 for value in similar):
             kept.append(document)
     lines = [line_of(r, document) for document in documents]
     files = [write_lines(tmp_path / "a.jsonl", lines[::2]), write_lines(tmp_path / "b.jsonl", lines[1::2])]
@@ -155,7 +185,8 @@ def test_one_copy_of_each_text_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("harness.selection.repeats.ROWS_AT_ONCE", rows)
         repeated = find_exact_repeats(lambda: views, sum(map(len, views)))
         for view in views:
-            expected = [bool(usable) and (view.shard, row) not in kept for row, usable in enumerate(view.measured["usable"])]
+            usable = view.measured["usable"].tolist()
+            expected = [found and (view.shard, row) not in kept for row, found in enumerate(usable)]
             assert repeated[f"{view.shard}-0"].tolist() == expected
 
 
