@@ -42,9 +42,9 @@ class Field:
         for part, place in enumerate((slice(0, cut), slice(cut, None))):
             columns = {name: values[place] for name, values in self.measured.items()}
             found = np.flatnonzero(~np.isnan(self.known[place])) + part * (1 << 16)
-            later = {"rows": found, "scores": self.known[place][found - part * (1 << 16)][:, None]}
+            later: dict[str, Any] = {"rows": found, "scores": self.known[place][found - part * (1 << 16)][:, None]}
             rows = np.flatnonzero(self.estimated[place])
-            looked_at = {"rows": rows + part * (1 << 16), "features-0": self.features[place][rows]}
+            looked_at: dict[str, Any] = {"rows": rows + part * (1 << 16), "features-0": self.features[place][rows]}
             views.append(View(0, part, columns, [("score", later), ("estimate", looked_at)]))
         return views
 

@@ -317,7 +317,7 @@ def test_what_is_left_out_makes_room_for_what_lost_the_race(tmp_path: Path) -> N
     r = random.Random()
     texts = draw_targets(r, 24)
     targets = write_targets(tmp_path / "targets.jsonl", texts)
-    leaks = [Document(f"leak-{n}", text + words(r, 2), "x") for n, text in enumerate(texts * 10)]
+    leaks = [Document(f"leak-{n}", f"{text} {words(r, 2)}", "x") for n, text in enumerate(texts * 10)]
     others = [Document(f"{n}", code(r, r.randint(30, 300)), "x") for n in range(600)]
     documents = leaks + others
     files = [write_lines(tmp_path / "a.jsonl", [line_of(r, document) for document in documents])]
