@@ -43,9 +43,9 @@ def map_in_processes(
     """For each (batch, argument): the batch, which stays in this process, with work(argument), in order.
 
     `start(*arguments)` runs first in each process, which is a new interpreter and inherits nothing else. The arguments
-    must be small: what a pipe does not hold (64 KiB) would be written for ever to a process that has died at its start.
-    `setting` is how messages name the number of workers. What `work` raises is raised here; HarnessError where a process
-    died.
+    must be small: what a pipe does not hold (64 KiB) would be written for ever to a process that died at its start.
+    `setting` is how messages name the number of workers. What `work` raises is raised here; HarnessError where a
+    process died.
     """
     waiting: deque[tuple[Batch, Future[Result]]] = deque()
     context = multiprocessing.get_context("spawn")

@@ -21,11 +21,11 @@ import zstandard
 
 from harness.config import HarnessError
 from harness.data import DataSection, Prepared, open_prepared, prepare, text_bytes
-from harness.text.workers import BYTES_PER_WORKER, choose_workers
 from harness.data.splits import SPLITS
 from harness.data.writer import PARTIAL, CorpusWriter
 from harness.text import Progress
 from harness.text.progress import LINE_SECONDS
+from harness.text.workers import BYTES_PER_WORKER, choose_workers
 from tests.data.helpers import random_documents, random_text, write_jsonl
 
 MakeConfig = Callable[..., DataSection]
