@@ -26,9 +26,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Replace `path`: whatever happens, it holds the old content or the new, flushed to the disk."""
-    temporary = path.with_name(f".tmp-{path.name}")
+def write_whole(path: Path, content: bytes, temporary_name: str | None = None) -> None:
+    """Replace `path`: whatever happens, it holds the old content or the new, flushed to the disk.
+
+    `temporary_name` is what it is called until then, for files that several processes may write at once.
+    """
+    temporary = path.with_name(temporary_name or f".tmp-{path.name}")
     try:
         with temporary.open("wb") as file:
             file.write(content)

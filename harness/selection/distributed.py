@@ -6,12 +6,16 @@ of one process, a rerun does what is missing, and the number of tasks may change
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ from .job import Job
 logger = logging.getLogger("harness.selection")
 
 POLL_SECONDS = 2.0
+WATCH_SECONDS = 0.2
 GRACE_SECONDS = 60.0
 """How long files may take to be seen by this machine after a job has left the queue."""
 WRITE = "write"
@@ -83,7 +88,8 @@ class DatatroveExecutor:
         }
         try:
             executor = self._open(common, self.workers(job))
-            executor.run()
+            with _ending_with_this_process():
+                executor.run()
         except HarnessError:
             raise
         except Exception as error:  # whatever a task raised, datatrove hands on as it is, from another process
@@ -127,8 +133,52 @@ class _Step:
         self._arguments = (settings, name, task)
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
+        if self._arguments[0].distributed.engine == "local":
+            _end_with_starter()
         run_task(*self._arguments, rank, world_size)
         return iter(())
+
+
+# datatrove's processes on this machine would go on, or wait for ever, were this one killed: those of its pool, which
+# begin as new interpreters, and that of its manager, which is forked.
+
+_starting: int | None = None
+"""While datatrove runs: this process, for those that it forks."""
+
+
+@contextmanager
+def _ending_with_this_process() -> Iterator[None]:
+    global _starting
+    _register_once()
+    _starting = os.getpid()
+    try:
+        yield
+    finally:
+        _starting = None
+
+
+@functools.cache
+def _register_once() -> None:
+    os.register_at_fork(after_in_child=lambda: None if _starting is None else _end_with(_starting))
+
+
+@functools.cache
+def _end_with_starter() -> None:
+    """In a process of datatrove's pool; a single worker is this process itself, and nobody's child."""
+    import multiprocess
+
+    starter = multiprocess.parent_process()
+    if starter is not None:
+        _end_with(starter.pid)
+
+
+def _end_with(parent: int) -> None:
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _wait(job_id: Any, missing: Callable[[], int]) -> None:

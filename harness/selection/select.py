@@ -23,7 +23,7 @@ from .job import CHOSEN, REJECTED, Job, work_folder
 from .record import MACHINERY, RECORD, describe, summarize
 from .repeats import find_exact_repeats
 from .report import write_report
-from .work import MEASURE, Arrays, read_json, save_arrays, views, write_json
+from .work import MEASURE, WRITING, Arrays, read_json, save_arrays, views, write_json
 
 WORTH_A_PROCESS = 200
 """Documents that one process is done with before others have started."""
@@ -182,6 +182,8 @@ def _publish(job: Job) -> None:
     for kind in (CHOSEN, REJECTED):
         partial, final, old = (job.folder / f"{prefix}{kind}" for prefix in (".partial-", "", ".old-"))
         if partial.is_dir():
+            for left in partial.rglob(f"{WRITING}*"):  # by a process that was killed
+                left.unlink(missing_ok=True)
             shutil.rmtree(old, ignore_errors=True)
             if final.exists():
                 final.rename(old)

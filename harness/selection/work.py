@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,6 +39,8 @@ MEASURE = "measure"
 STAGES = ("sketch", "features")
 """What estimates a score, the cheapest first (see methods.py); a race may begin with the second."""
 OUTDATED = "outdated"
+WRITING = ".writing-"
+"""How the names of files begin that are being written, or were when their process was killed."""
 HELD_BYTES = 128 << 20
 """Results that are kept in memory."""
 Arrays = dict[str, np.ndarray]
@@ -62,7 +66,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def replace(path: Path, content: bytes) -> None:
     """`write_whole`, in a folder that may not be there yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, content)
+    write_whole(path, content, temporary_name())
+
+
+def temporary_name() -> str:
+    """What a file is called that this process writes: a task on a cluster outlives the command that asked for it, and
+    the next command asks another one for the same file."""
+    return f"{WRITING}{socket.gethostname()}-{os.getpid()}"
 
 
 class WorkFolder:

@@ -20,6 +20,7 @@ from harness.text import Problem, SourceFile, import_parquet
 
 from .config import OutputSection
 from .pool import Pool, Shard
+from .work import temporary_name
 
 PARQUET_ROWS = 512
 """Rows that are read at once, as when they were scored: what follows in the file may be damaged."""
@@ -162,7 +163,7 @@ def _described(folder: Path, path: Path, documents: int) -> dict[str, Any]:
 def writing(path: Path, compression: str) -> Iterator[BinaryIO]:
     """A file to write that takes its name when it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = path.with_name(temporary_name())
     try:
         with temporary.open("wb") as raw:
             if compression == "gzip":

@@ -28,6 +28,9 @@ class Unpickler:
     def __init__(self, *arguments, **options):
         barred()
 
+    def load(self):  # looked at by dill, which torch imports where it is installed
+        barred()
+
 harmless = pickle.dumps({"a": 1})
 for module in (pickle, _pickle):
     module.load, module.loads, module.Unpickler = barred, barred, Unpickler

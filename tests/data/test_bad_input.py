@@ -213,11 +213,12 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"corpora": [{"name": "x"}]},
-        "f: corpora.0: has no text: set `source` (files, folders, globs) or `indexed` (a Megatron prefix)",
+        "f: corpora.0: has no text: set `source` (files, folders, globs), `selection` (a folder of harness select) or "
+        "`indexed` (a Megatron prefix)",
     ),
     (
         {"corpora": [{**ONE, "indexed": "b"}]},
-        "f: corpora.0: `source` and `indexed` exclude each other: remove one",
+        "f: corpora.0: `source` and `indexed` exclude each other: keep one",
     ),
     (
         {"corpora": [{**ONE, "name": "a/b"}]},

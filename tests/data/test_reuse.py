@@ -13,7 +13,7 @@ import pytest
 
 from harness.config import HarnessError
 from harness.data import DataSection, open_prepared, prepare, prepare_for_training
-from harness.data.writer import locked
+from harness.disk import locked
 from harness.text import Progress
 from tests.data.helpers import random_documents, write_jsonl
 
@@ -161,6 +161,8 @@ def test_trained_tokenizer_is_not_kept_for_other_text(
 def test_two_at_once(tmp_path: Path, make_config: MakeConfig, rng: np.random.Generator, quiet: Progress) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", random_documents(rng, 20))
     config = make_config(corpora=[{"name": "a", "source": str(path)}])
-    with locked(config.folder_path), pytest.raises(HarnessError, match=f"process {os.getpid()} is preparing data here"):
+    said = f"process {os.getpid()} is preparing data here; wait for it, or choose another data.folder"
+    advice = "choose another data.folder"
+    with locked(config.folder_path, "preparing data", advice), pytest.raises(HarnessError, match=said):
         prepare(config, progress=quiet)
     prepare(config, progress=quiet)

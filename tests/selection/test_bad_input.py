@@ -279,7 +279,7 @@ def test_a_full_disk(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     after = files_below(place.folder / "out" / "chosen")
     assert place.run(f"output.folder={place.folder}/whole") == 0
     assert after == files_below(place.folder / "whole" / "chosen")
-    assert not list((place.folder / "out").rglob(".tmp-*"))
+    assert not list((place.folder / "out").rglob(".writing-*"))
 
 
 def test_a_pool_that_changes_while_it_is_read(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness.config import HarnessError
+from harness.config import HarnessError, dump_yaml
 from harness.selection import SelectSettings, select
 from harness.selection.job import Job
 from tests.selection.pools import QUIET, result_of
-from tests.selection.test_killed import Inputs
+from tests.selection.test_killed import Inputs, command
 
 pytest.importorskip("datatrove")
 
@@ -109,4 +110,20 @@ def test_one_process_goes_on_with_what_tasks_began(
     assert summary["time"]["workers"] == 1
     assert result_of(tmp_path / "out") == expected
     select(inputs.settings(), progress=QUIET)
+    assert result_of(tmp_path / "out") == expected
+
+
+def test_tasks_end_with_the_command_that_was_killed(inputs: Inputs, expected: dict[str, bytes], tmp_path: Path) -> None:
+    """Else they would hold the folder, and write beside those of the next."""
+    file = tmp_path / "select.yaml"
+    file.write_text(dump_yaml(settings(inputs, tasks=3, workers=2), comments=False))
+    process = command(tmp_path, file, 1)
+    while not list(tmp_path.glob("out/work/measure/*/done.json")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.communicate(timeout=60)  # ends when no process has its output open any more
+    again = command(tmp_path, file, 1, "distributed.workers=1")
+    _, said = again.communicate()
+    assert again.returncode == 0, said
     assert result_of(tmp_path / "out") == expected

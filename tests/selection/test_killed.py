@@ -83,7 +83,7 @@ def written(folder: Path) -> dict[str, bytes]:
     out = folder / "out"
     names = {path.name for path in out.iterdir()}
     assert names - {"rejected"} == {".lock", "chosen", "selection.json", "report.json", "report.html", "work"}
-    assert not list(out.rglob("[cr]*/**/.tmp-*"))
+    assert not [*out.glob("chosen/**/.*"), *out.glob("rejected/**/.*")]
     return result_of(out) | {f"rejected/{name}": data for name, data in files_below(out / "rejected").items()}
 
 
@@ -300,10 +300,10 @@ def test_killed_at_any_time(
     for trial in range(2):
         folder = tmp_path / f"{trial}"
         folder.mkdir()
-        for _ in range(40):
+        for life in range(40):
             process = command(folder, file, workers, *overrides)
             try:
-                process.wait(random.uniform(0.2, 0.8) * took)
+                process.wait(random.uniform(0.2, 0.8) * took * (1 + life / 5))  # beginning alone may take that long
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
