@@ -298,7 +298,7 @@ def test_the_race_loses_no_winner(tmp_path: Path) -> None:
     files = [write_lines(tmp_path / "a.jsonl", [line_of(r, document) for document in documents])]
     results = []
     for exact in (True, False):
-        racing = {"exact": exact, "audited_documents": 200}
+        racing = {"exact": exact, "audited_documents": 400}
         folder = tmp_path / f"{exact}"
         leaks = {"remove": False}
         settings = settings_of(files, targets, folder, budget={"documents": 60}, racing=racing, leaks=leaks)
