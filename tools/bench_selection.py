@@ -126,7 +126,8 @@ def measure_pairs(texts: list[str], targets: list[str], peer: ZipFit | None, rou
     documents, wanted = [text.encode() for text in texts], [target.encode() for target in targets]
     prepared = Targets(wanted)
     scorers = {
-        name: open_scorer(ScoreSection(compressor=name, window_bytes=None), prepared) for name in ("gzip", "lz4")
+        name: open_scorer(ScoreSection(method="ncd", compressor=name, window_bytes=None), prepared)
+        for name in ("gzip", "lz4")
     }
 
     def sizes_only(texts: list[bytes]) -> np.ndarray:

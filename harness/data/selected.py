@@ -8,11 +8,10 @@ from typing import Any
 
 from harness.config import HarnessError
 from harness.disk import sha256_of
+from harness.text import CHOSEN, SELECTION_RECORD
 
 from .config import CorpusSection, DataSection
 
-RECORD = "selection.json"
-CHOSEN = "chosen"
 KEPT = ("harness", "method", "targets", "budget", "thresholds")
 """What of a selection's record goes with every model that is trained on it."""
 
@@ -33,7 +32,7 @@ def provenance(corpus: CorpusSection) -> dict[str, Any] | None:
     folder, record = _read(corpus)
     files = record["files"]
     return {
-        "sha256": sha256_of(folder / RECORD),
+        "sha256": sha256_of(folder / SELECTION_RECORD),
         **{key: record[key] for key in KEPT},
         "documents": sum(file["documents"] for file in files),
         "bytes_on_disk": sum(file["bytes"] for file in files),
@@ -68,15 +67,15 @@ def _filled(corpus: CorpusSection) -> CorpusSection:
 def _read(corpus: CorpusSection) -> tuple[Path, dict[str, Any]]:
     assert corpus.selection is not None
     folder = Path(corpus.selection).expanduser()
-    file = folder / RECORD
+    file = folder / SELECTION_RECORD
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         for key in ("files", "text", *KEPT):
             record[key]
     except FileNotFoundError:
         raise HarnessError(
-            f"{corpus.label}: selection {corpus.selection}: has no {RECORD}, so it is no finished selection; run "
-            "`harness select` first, and name its output.folder"
+            f"{corpus.label}: selection {corpus.selection}: has no {SELECTION_RECORD}, so it is no finished selection; "
+            "run `harness select` first, and name its output.folder"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise HarnessError(f"{file}: is damaged ({error!r}); select again") from None

@@ -17,12 +17,10 @@ from .ranking import Cut, cut_at, ranks
 from .signatures import find_repeats
 from .work import Arrays, View, WorkFolder, views
 
-SLACK = 0.05
-"""Part of the chosen that is inspected beyond the cut, for those that inspection leaves out."""
-
-
 FEW = 300
 """Documents that are scored at once rather than estimated first."""
+SLACK = 0.05
+"""Part of the chosen that is inspected beyond the cut, for those that inspection leaves out."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,8 @@ class Choice:
         return ending.cut.takes(view, scores)
 
     @cached_property
-    def _endings(self) -> list[Ending]:
+    def endings(self) -> list[Ending]:
+        """Where the choice ends, by all that is known."""
         endings: list[Ending] = []
         for target, budget in enumerate(self.budgets):
             before = list(endings)
@@ -136,21 +135,17 @@ class Choice:
             endings.append(Ending(cut, budget, lowest))
         return endings
 
-    def endings(self) -> list[Ending]:
-        """Where the choice ends, by all that is known."""
-        return self._endings
-
     def chosen(self, view: View) -> np.ndarray:
         """int64 [records]: the set of targets that a record is chosen for, -1 where it is not."""
         found = np.full(len(view), -1, dtype=np.int64)
-        for target, ending in enumerate(self.endings()):
-            free = self.open_to(view, self.endings()[:target])
+        for target, ending in enumerate(self.endings):
+            free = self.open_to(view, self.endings[:target])
             found[free & self._takes(ending, view, target)] = target
         return found
 
     def _drop(self, dropped: dict[tuple[int, int], np.ndarray]) -> None:
         self._dropped = dropped
-        for name in ("_endings", "_standings"):  # which follow from it
+        for name in ("endings", "_standings"):  # which follow from it
             self.__dict__.pop(name, None)
 
     # What has to be known yet.
@@ -164,7 +159,7 @@ class Choice:
         if not any(task == "score" for _, task in self._work.rounds(self._shards)):
             return "score", first_round(self.parts, self._count, self.budgets, self.weights, section)
         to_score, to_estimate = Rows(), Rows()
-        for race, ending in zip(self._standings, self.endings(), strict=True):
+        for race, ending in zip(self._standings, self.endings, strict=True):
             most = None if ending.wanted is None else math.ceil(ending.wanted * section.headroom)
             to_score.join(race.to_score(self._limit(ending), self.weights, most))
             to_estimate.join(race.to_estimate(self._limit(ending), self.weights, most))
@@ -194,13 +189,12 @@ class Choice:
         """Of each set of targets, by all that is known."""
         section = self._settings.racing
         return [
-            Race(self.parts, target, self._focus(target, ending), section)
-            for target, ending in enumerate(self.endings())
+            Race(self.parts, target, self._focus(target, ending), section) for target, ending in enumerate(self.endings)
         ]
 
     def audits(self) -> list[Audit]:
         """Of each set of targets, once the race is over: the random sample among those left out."""
-        races = zip(self._standings, self.endings(), strict=True)
+        races = zip(self._standings, self.endings, strict=True)
         return [race.audit(self._limit(ending)) for race, ending in races]
 
     def needs_inspection(self) -> bool:
@@ -221,17 +215,17 @@ class Choice:
             else cut_at(
                 self.parts,
                 lambda view, t=target: view.scores[:, t],  # type: ignore[misc]
-                lambda view, t=target: self.open_to(view, self.endings()[:t]),  # type: ignore[misc]
+                lambda view, t=target: self.open_to(view, self.endings[:t]),  # type: ignore[misc]
                 self.weights,
                 int(ending.wanted * (1 + SLACK)) + int(self._typical_weight() * 64),
             )
-            for target, ending in enumerate(self.endings())
+            for target, ending in enumerate(self.endings)
         ]
         for view in self.parts():
             mask = self._decides(view)
             for target, cut in enumerate(wider):
                 if cut is not None:
-                    mask |= self.open_to(view, self.endings()[:target]) & cut.takes(view, view.scores[:, target])
+                    mask |= self.open_to(view, self.endings[:target]) & cut.takes(view, view.scores[:, target])
             rows.add(view, mask & ~view.inspected)
         return rows
 
@@ -240,7 +234,7 @@ class Choice:
         (its tokens are an estimate) or might be left out, so that the next one fits."""
         mask = self.chosen(view) >= 0
         if self._settings.budget.unit in ("tokens", "bytes"):
-            for ending in self.endings():
+            for ending in self.endings:
                 if ending.cut.next is not None and ending.cut.next[-2] == view.shard:
                     row = ending.cut.next[-1] - view.first_row
                     mask[row : row + 1] |= 0 <= row < len(view)
@@ -274,7 +268,7 @@ class Choice:
 
         `kept` are the signatures of what is chosen for the sets before, which go first.
         """
-        earlier = self.endings()[:target]
+        earlier = self.endings[:target]
         candidates = []
         for view in self.parts():
             scores = view.scores[:, target]
@@ -292,7 +286,7 @@ class Choice:
         for (_, (key, row), _), repeat in zip(candidates, repeats, strict=True):
             dropped[key][row] |= bool(repeat)
         self._drop(dropped)
-        ending = self.endings()[target]
+        ending = self.endings[target]
         for view in self.parts():  # what ranks behind the cut was dropped for nothing: the next targets may want it
             key = (view.shard, view.part)
             dropped[key] = before[key] | (dropped[key] & self._takes(ending, view, target))
@@ -318,8 +312,8 @@ class Choice:
 
     def check_filled(self) -> None:
         """HarnessError where the choice, made, is all that there is and less than the budget, likewise."""
-        if any(ending.wanted is not None and ending.cut.next is None for ending in self.endings()):
-            self._check(sum(ending.cut.amount for ending in self.endings()))
+        if any(ending.wanted is not None and ending.cut.next is None for ending in self.endings):
+            self._check(sum(ending.cut.amount for ending in self.endings))
 
     def _check(self, have: int) -> None:
         budget = self._settings.budget

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from harness.text import Progress
+from harness.text import CHOSEN, Progress
 
 from .config import SelectSettings
+from .kept import KeptRecords
 from .passes import Pass
 from .pool import Pool, Shard
 from .tasks import Worker
@@ -19,7 +20,7 @@ from .tokens import stamp_of
 from .work import WorkFolder
 from .writer import Decision, write_shard
 
-CHOSEN, REJECTED = "chosen", "rejected"
+REJECTED = "rejected"
 WRITTEN = [f"{prefix}{kind}" for kind in (CHOSEN, REJECTED) for prefix in ("", ".partial-", ".old-")]
 """Folders of a selection with documents."""
 
@@ -51,7 +52,7 @@ class Job:
         """All that scores depend on."""
         settings = self.settings
         return {
-            "format": 1,
+            "format": 2,
             "pool": settings.pool.model_dump(mode="json", exclude={"source", "exclude", "suffixes"}),
             "files": [[self.pool.name(file), file.size, file.modified_ns] for file in self.pool.files],
             "targets": [digest_of(targets) for targets in self.targets],
@@ -86,12 +87,14 @@ class Job:
         names = np.array(["", *(target.name for target in self.settings.targets)])
         targets = names[chosen + 1] if len(self.settings.targets) > 1 else None
         output = self.settings.output
+        kept = KeptRecords(self.pool, self.work, shard)
         facts = {}
         kinds = {CHOSEN: chosen >= 0, REJECTED: usable & (chosen < 0)}
         for kind, mask in kinds.items():
             if kind == CHOSEN or output.rejected:
                 folder = self.folder / f".partial-{kind}"
-                facts[kind] = write_shard(self.pool, shard, Decision(mask, scores, targets), folder, output)
+                decision = Decision(mask, scores, targets)
+                facts[kind] = write_shard(self.pool, shard, kept.read(mask), decision, folder, output)
         self.pool.refuse_changed(shard)
         self.work.finish_shard("final", shard.number, facts)
 

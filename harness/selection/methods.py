@@ -24,9 +24,9 @@ PROBES, TARGETS_A_PROBE = 4, 8
 class ScoreSection(Section):
     """How a document is scored against the targets."""
 
-    method: Literal["ncd", "coverage", "gain"] = "ncd"
-    """ncd (ZIP-FIT's alignment: shared bytes over the larger compressed size), coverage (shared bytes over the smaller
-    one) or gain (by how much a sample of the targets before a document makes it smaller)."""
+    method: Literal["ncd", "coverage", "gain"] = "coverage"
+    """coverage (shared bytes over the smaller compressed size), ncd (ZIP-FIT's alignment: over the larger one) or gain
+    (by how much a sample of the targets before a document makes it smaller). docs/selection_study.md is why."""
 
     compressor: Compressor = "gzip"
     """gzip (the paper's), lz4 (needs the package lz4) or zstd."""

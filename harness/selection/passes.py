@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from harness.config import HarnessError
 from harness.text import Problem, Progress, map_in_processes, place_of
 
+from .documents import Unit
+from .kept import KeptRecords, keep
 from .pool import Batch, Pool, Shard, batches
-from .tasks import Outcome, Unit, Worker, run_in_worker, start_worker
+from .tasks import Outcome, Worker, run_in_worker, start_worker
 from .work import MEASURE, Arrays, WorkFolder
 
 logger = logging.getLogger("harness.selection")
@@ -26,6 +27,8 @@ TITLES = {
 }
 Item = tuple[Shard, Batch | None]
 """A batch of a shard; None behind the last one."""
+Argument = tuple[str, list[Unit]]
+"""What a worker is asked: the task, and the records of a batch."""
 
 
 class Pass:
@@ -55,22 +58,25 @@ class Pass:
                 )
             self._keep(results)
 
-    def _items(self, shards: list[Shard], advance: Any) -> Iterator[tuple[Item, tuple[str, list[Unit]] | None]]:
+    def _items(self, shards: list[Shard], advance: Callable[[int], None]) -> Iterator[tuple[Item, Argument | None]]:
         for shard in shards:
             self._unread[shard.number] = []
             wanted = self._work.wanted(self._name, shard.number)
             if wanted is None or wanted.any():
-                note = functools.partial(self._note, shard.number) if self._task == MEASURE else _ignore
-                records = self._pool.records(shard, advance, note, wanted)
-                done = self._work.parts(self._name, shard.number)
-                for batch in batches(records, done):
-                    yield (shard, batch), (self._task, [self._unit(record) for record in batch.records])
+                for batch in self._batches(shard, wanted, advance):
+                    yield (shard, batch), (self._task, [self._pool.unit_of(record) for record in batch.records])
                 self._pool.refuse_changed(shard)
             yield (shard, None), None
 
-    def _unit(self, record: Any) -> Unit:
-        file, number = record.file, record.record.number
-        return Unit(record.record.content, self._pool.id_of(file, number), self._pool.group_of(file))
+    def _batches(self, shard: Shard, wanted: np.ndarray | None, advance: Callable[[int], None]) -> Iterator[Batch]:
+        """What is not done yet: of all records, or of those that a round wants."""
+        done = self._work.parts(self._name, shard.number)
+        if wanted is None:
+            note = functools.partial(self._note, shard.number)
+            return batches(self._pool.records(shard, advance=advance, note=note), done)
+        kept = KeptRecords(self._pool, self._work, shard)
+        found = batches(kept.read(wanted, advance=advance), done)
+        return keep(found, shard, self._work, self._name) if kept.should_grow(wanted) else found
 
     def _keep(self, results: Iterable[tuple[Item, Outcome | None]]) -> None:
         """Join batches into parts, and write each when it is complete."""
@@ -93,7 +99,7 @@ class Pass:
         reasons = []
         for index, reason in outcome.unusable:
             record = batch.records[index]
-            problem = Problem(record.file.path, place_of(record.file, record.record.number), reason)
+            problem = Problem(record.file.path, place_of(record.file, record.number), reason)
             self._refuse(problem)
             unusable[index] = True
             reasons.append(str(problem))
@@ -120,7 +126,3 @@ class Pass:
                 "records out"
             )
         logger.warning("skipped %s", problem)
-
-
-def _ignore(problem: Problem) -> None:
-    """What later passes do about what the first one has told."""

@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from harness.config import HarnessError
-from harness.text import Problem, SourceFile, TextSource, find_files, place_of, read_records
-from harness.text import Record as FileRecord
+from harness.text import Content, Problem, SourceFile, TextSource, Unusable, find_files, place_of, read_records, text_of
 
-from .config import PoolSection, TargetSection
+from .config import PoolSection
+from .documents import Unit
 
 FILES_A_SHARD = 2000
-"""Text files that are scored together; each jsonl or parquet file is a shard of its own."""
+"""Files that are scored together, at most."""
+SHARD_BYTES = 1 << 24
+"""On disk: what jsonl or parquet files that are scored together have, at most; a larger one is a shard of its own. A
+shard costs some fifty small files in the working folder, each flushed to the disk."""
 PART_ROWS = 1 << 16
 """Rows whose results lie in one file: what a restart may have to do again."""
 BATCH_BYTES = 1 << 18
@@ -25,7 +28,7 @@ BATCH_BYTES = 1 << 18
 
 @dataclass(frozen=True)
 class Shard:
-    """One jsonl or parquet file, or a number of text files."""
+    """One large jsonl or parquet file, or a number of small ones, or of text files."""
 
     number: int
     files: tuple[SourceFile, ...]
@@ -46,7 +49,9 @@ class PoolRecord:
 
     row: int
     file: SourceFile
-    record: FileRecord
+    number: int
+    """In the file, from 1: its line, row or part."""
+    content: Content
 
 
 @dataclass(frozen=True)
@@ -76,10 +81,7 @@ class Pool:
         self.root = Path(os.path.commonpath([_absolute(file).parent for file in files]))
         """The folder that names are relative to."""
         self._names: dict[Path, str] = {}
-        texts = [file for file in files if file.format == "text"]
-        groups: list[tuple[SourceFile, ...]] = [(file,) for file in files if file.format != "text"]
-        groups += [tuple(texts[start : start + FILES_A_SHARD]) for start in range(0, len(texts), FILES_A_SHARD)]
-        self.shards = [Shard(number, group) for number, group in enumerate(groups)]
+        self.shards = [Shard(number, tuple(group)) for number, group in enumerate(_grouped(files))]
 
     @property
     def files(self) -> list[SourceFile]:
@@ -103,15 +105,24 @@ class Pool:
     def records(
         self,
         shard: Shard,
-        advance: Callable[[int], None],
-        note: Callable[[Problem], None],
         wanted: np.ndarray | None = None,
+        *,
+        advance: Callable[[int], None] = lambda count: None,
+        note: Callable[[Problem], None] = lambda problem: None,
     ) -> Iterator[PoolRecord]:
-        """The records of a shard: all, or the rows `wanted` (bool [rows]). `note` is told of what is unreadable."""
+        """The records of a shard: all, or the rows `wanted` (bool [rows]).
+
+        `advance` is told how many bytes were taken from disk, `note` what is unreadable.
+        """
+        if wanted is not None and not wanted.any():
+            return
+        last = None if wanted is None else int(np.flatnonzero(wanted)[-1])
         extra = [name for name in (self.section.id_field, self.section.group_field) if name is not None]
         rows = None if wanted is None else wanted.tolist()
         first = 0
         for file in shard.files:
+            if last is not None and first > last:
+                return
             of_file = rows if len(shard.files) == 1 else None  # else where a file's rows begin shows as they are read
             count = 0
             for record in read_records(file, self.section, advance, columns=extra, wanted=of_file):
@@ -121,8 +132,12 @@ class Pool:
                 count = record.index + 1
                 row = first + record.index
                 if rows is None or (row < len(rows) and rows[row]):
-                    yield PoolRecord(row, file, record)
+                    yield PoolRecord(row, file, record.number, record.content)
             first += count
+
+    def unit_of(self, record: PoolRecord) -> Unit:
+        """What is needed of a record to read the document in it."""
+        return Unit(record.content, self.id_of(record.file, record.number), self.group_of(record.file))
 
     def refuse_changed(self, shard: Shard) -> None:
         """HarnessError where a file of the shard is not what it was when the selection began."""
@@ -137,9 +152,23 @@ class Pool:
                     "output.work"
                 )
 
-    def place(self, record: PoolRecord) -> tuple[Path, str]:
-        """For messages."""
-        return record.file.path, place_of(record.file, record.record.number)
+
+def _grouped(files: list[SourceFile]) -> list[list[SourceFile]]:
+    """The files of each shard, in order: such as are read alike, text files last."""
+    groups: list[list[SourceFile]] = []
+    size = 0
+    for file in sorted(files, key=lambda file: file.format == "text"):
+        size += file.size
+        if (
+            not groups
+            or groups[-1][0].format != file.format
+            or len(groups[-1]) == FILES_A_SHARD
+            or (size > SHARD_BYTES and file.format != "text")
+        ):
+            groups.append([])
+            size = file.size
+        groups[-1].append(file)
+    return groups
 
 
 def _absolute(file: SourceFile) -> Path:
@@ -158,36 +187,34 @@ def batches(records: Iterator[PoolRecord], skipped_parts: set[int]) -> Iterator[
             held, size = [], 0
         if part not in skipped_parts:
             held.append(record)
-            size += _size(record.record)
+            size += _size(record.content)
     if held:
         yield Batch(held[0].row // PART_ROWS, held)
 
 
-def _size(record: FileRecord) -> int:
-    content = record.content
+def _size(content: Content) -> int:
     return sum(len(str(value)) for value in content.values()) if isinstance(content, dict) else len(content)
 
 
-def read_targets(section: TargetSection | TextSource) -> list[bytes]:
-    """The texts of targets, in the order of their files. HarnessError for any that cannot be read, and for none."""
-    from harness.text import Unusable, text_of
-
-    files = find_files(section)
+def read_texts(source: TextSource, documents: tuple[int, int] | None = None) -> list[bytes]:
+    """The texts of a source in the order of its files, or those in the range [first, end) `documents`, without blank
+    ones. HarnessError for any that cannot be read, for a range that ends beyond them, and for none."""
+    files = find_files(source)
     texts: list[bytes] = []
     for file in files:
-        for record in read_records(file, section, lambda count: None):
+        for record in read_records(file, source):
             if isinstance(record, Problem):
-                raise HarnessError(f"{section.label}: {record}")
-            text = text_of(record.content, section)
+                raise HarnessError(f"{source.label}: {record}")
+            text = text_of(record.content, source)
             if isinstance(text, Unusable):
-                raise HarnessError(f"{section.label}: {file.path}: {place_of(file, record.number)}: {text.reason}")
+                raise HarnessError(f"{source.label}: {file.path}: {place_of(file, record.number)}: {text.reason}")
             texts.append(text.encode())
-    chosen = getattr(section, "documents", None)
-    if chosen is not None:
-        if chosen[1] > len(texts):
-            raise HarnessError(f"{section.label}: documents {list(chosen)}: there are only {len(texts)} in its files")
-        texts = texts[chosen[0] : chosen[1]]
+    if documents is not None:
+        first, end = documents
+        if end > len(texts):
+            raise HarnessError(f"{source.label}: documents {[first, end]}: there are only {len(texts)} in its files")
+        texts = texts[first:end]
     texts = [text for text in texts if text.strip()]
     if not texts:
-        raise HarnessError(f"{section.label}: no text in {len(files)} files, the first is {files[0].path}")
+        raise HarnessError(f"{source.label}: no text in {len(files)} files, the first is {files[0].path}")
     return texts

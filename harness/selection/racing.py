@@ -28,6 +28,10 @@ FITTED_ROWS = 1 << 16
 """Most rows that a regression is fitted to."""
 FEWEST_FITTED = 24
 """Of fewer documents the whole pool was scored, or all but some that are the same."""
+RANK_TOLERANCE = 1e-9
+"""Of the largest singular value: what is smaller is no direction of its own."""
+MOST_LEVERAGE = 0.999
+"""A document that decides its own estimate alone says little of how far off estimates are; but not nothing."""
 ROUNDING = 1e-6
 """How far an estimate may be off for the float32 of the features alone."""
 
@@ -39,9 +43,7 @@ class Estimator:
     weights: np.ndarray
     """float64 [features + 1], the constant last."""
     shortfall: float
-    """The largest (exact − estimate) near the last chosen score."""
-    deviation: float
-    """Standard deviation of (exact − estimate) there."""
+    """The largest (exact − estimate) near the last chosen score, of documents left out of the fit one at a time."""
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """float64 [rows]."""
@@ -236,10 +238,16 @@ def fit(parts: Parts, stage: str, target: int, threshold: float, limit: np.uint6
     spread = max(float(np.std(y)), 1e-12)
     emphasis = 1 / (1 + ((y - threshold) / (spread / 4)) ** 2)
     design = np.column_stack([x, np.ones(len(x))]) * np.sqrt(emphasis)[:, None]
-    weights = np.linalg.lstsq(design, y * np.sqrt(emphasis), rcond=1e-9)[0]
-    residual = y - (x @ weights[:-1] + weights[-1])
+    left, sizes, right = np.linalg.svd(design, full_matrices=False)
+    kept = sizes > RANK_TOLERANCE * sizes[0]
+    left, sizes, right = left[:, kept], sizes[kept], right[kept]
+    weights = right.T @ (left.T @ (y * np.sqrt(emphasis)) / sizes)
+    # How far off each document's estimate would be had the fit not seen it: residual / (1 - leverage). Of few documents
+    # a regression passes close to all, and says nothing of the others.
+    leverage = np.minimum((left * left).sum(axis=1), MOST_LEVERAGE)
+    residual = (y - (x @ weights[:-1] + weights[-1])) / (1 - leverage)
     near = np.argsort(np.abs(y - threshold), kind="stable")[: max(200, len(y) // 4)]
-    return Estimator(weights, max(float(residual[near].max()), 0.0), float(residual[near].std()))
+    return Estimator(weights, max(float(residual[near].max()), 0.0))
 
 
 def _upper_rate(audit: Audit) -> float:

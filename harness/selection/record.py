@@ -12,15 +12,17 @@ import numpy as np
 from harness import __version__
 from harness.config import dump_yaml
 from harness.disk import sha256_of
-from harness.text import Problem, fields_of_line, text_of
+from harness.text import CHOSEN
 
 from .choice import Choice
-from .job import CHOSEN, Job, digest_of
+from .documents import read_document
+from .job import Job, digest_of
+from .kept import KeptRecords
+from .methods import ScoreSection
 from .ranking import ranks
 from .sizes import current_implementation
 from .work import MEASURE, STAGES, View
 
-RECORD = "selection.json"
 MACHINERY = {"workers", "distributed"}
 """Settings that change nothing of the result."""
 EXAMPLES = 10
@@ -35,15 +37,9 @@ def describe(job: Job, choice: Choice) -> dict[str, Any]:
     return {
         "format": 1,
         "harness": __version__,
-        "method": settings.score.model_dump(mode="json") | {"level": settings.score.effective_level},
+        "method": _method(settings.score),
         "targets": [
-            {
-                "name": section.name,
-                "documents": len(targets),
-                "bytes": len(targets.buffer),
-                "sha256": digest_of(targets),
-            }
-            for section, targets in zip(settings.targets, job.targets, strict=True)
+            target | {"sha256": digest_of(texts)} for target, texts in zip(_targets(job), job.targets, strict=True)
         ],
         "budget": settings.budget.model_dump(mode="json", exclude_none=True),
         "thresholds": _thresholds(job, choice),
@@ -68,10 +64,9 @@ def summarize(job: Job, choice: Choice) -> dict[str, Any]:
     worst = min(recalls, key=lambda entry: entry[2], default=None)
     return {
         "title": f"Selection {job.folder.name}",
-        "method": settings.score.model_dump(mode="json") | {"level": settings.score.effective_level},
+        "method": _method(settings.score),
         "targets": [
-            {"name": section.name, "documents": len(targets), "bytes": len(targets.buffer), "share": section.share}
-            for section, targets in zip(settings.targets, job.targets, strict=True)
+            target | {"share": section.share} for target, section in zip(_targets(job), settings.targets, strict=True)
         ],
         "budget": {
             "unit": "documents" if unit == "share" else unit,
@@ -99,10 +94,21 @@ def summarize(job: Job, choice: Choice) -> dict[str, Any]:
     }
 
 
+def _method(section: ScoreSection) -> dict[str, Any]:
+    return section.model_dump(mode="json") | {"level": section.effective_level}
+
+
+def _targets(job: Job) -> list[dict[str, Any]]:
+    return [
+        {"name": section.name, "documents": len(texts), "bytes": len(texts.buffer)}
+        for section, texts in zip(job.settings.targets, job.targets, strict=True)
+    ]
+
+
 def _thresholds(job: Job, choice: Choice) -> dict[str, float | None]:
     return {
         section.name: ending.threshold if math.isfinite(ending.threshold) else None
-        for section, ending in zip(job.settings.targets, choice.endings(), strict=True)
+        for section, ending in zip(job.settings.targets, choice.endings, strict=True)
     }
 
 
@@ -126,6 +132,7 @@ class _Tally:
         self._last: list[Any] = []
         self._first_out: list[Any] = []
         self._reasons: dict[str, int] = {}
+        self._rows = [0] * len(job.shards)
         for view in choice.parts():
             self._add(view)
         for shard in job.shards:
@@ -137,6 +144,7 @@ class _Tally:
         measured, chosen = view.measured, self._choice.chosen(view)
         usable, size = measured["usable"], measured["bytes"]
         taken = chosen >= 0
+        self._rows[view.shard] += len(view)
         self.pool["documents"] += int(usable.sum())
         self.pool["bytes"] += int(size[usable].sum())
         self.pool["empty"] += int((~usable & ~measured["unusable"]).sum())
@@ -245,25 +253,16 @@ class _Tally:
 
     def _texts(self, wanted: set[tuple[int, int]]) -> dict[tuple[int, int], dict[str, Any]]:
         pool = self._job.pool
-        section = pool.section
         found = {}
         for shard in pool.shards:
             rows = [row for number, row in wanted if number == shard.number]
-            mask = np.zeros(max(rows, default=-1) + 1, dtype=bool)
+            mask = np.zeros(self._rows[shard.number], dtype=bool)
             mask[rows] = True
-            for record in pool.records(shard, lambda count: None, _ignore, mask) if rows else ():
-                content = record.record.content
-                fields = fields_of_line(content, section) if isinstance(content, bytes) else content
-                named = fields if isinstance(fields, dict) else {}
-                text = text_of(content, section)
-                place = pool.id_of(record.file, record.record.number)
+            for record in KeptRecords(pool, self._job.work, shard).read(mask) if rows else ():
+                document = read_document(pool.unit_of(record), pool.section)
                 found[(shard.number, record.row)] = {
-                    "id": str(named.get(section.id_field or "", place)),
-                    "source": str(named.get(section.group_field or "", pool.group_of(record.file))),
-                    "text": text[:300] if isinstance(text, str) else "",
+                    "id": document.id,
+                    "source": document.group,
+                    "text": document.text[:300] if isinstance(document.text, str) else "",
                 }
         return found
-
-
-def _ignore(problem: Problem) -> None:
-    """What the first pass has told."""

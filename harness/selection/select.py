@@ -15,12 +15,12 @@ import numpy as np
 
 from harness.config import HarnessError
 from harness.disk import locked
-from harness.text import Progress, choose_workers
+from harness.text import CHOSEN, SELECTION_RECORD, Progress, choose_workers
 
 from .choice import Choice
 from .config import SelectSettings
-from .job import CHOSEN, REJECTED, Job, work_folder
-from .record import MACHINERY, RECORD, describe, summarize
+from .job import REJECTED, Job, work_folder
+from .record import MACHINERY, describe, summarize
 from .repeats import find_exact_repeats
 from .report import write_report
 from .work import MEASURE, WRITING, Arrays, read_json, save_arrays, views, write_json
@@ -124,7 +124,7 @@ def _select(job: Job, executor: Executor, progress: Progress) -> dict[str, Any]:
     _decide(job, choice)
     executor.write(job)
     _publish(job)
-    write_json(job.folder / RECORD, describe(job, choice))
+    write_json(job.folder / SELECTION_RECORD, describe(job, choice))
     summary = summarize(job, choice)
     progress.say(
         f"chose {summary['chosen']['documents']:,} of {summary['pool']['documents']:,} documents, "
@@ -193,7 +193,7 @@ def _publish(job: Job) -> None:
 
 def refuse_other(folder: Path, settings: SelectSettings) -> None:
     """HarnessError where the folder has a finished selection by other settings."""
-    file = folder / RECORD
+    file = folder / SELECTION_RECORD
     if not file.exists():
         return
     try:

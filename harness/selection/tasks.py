@@ -10,31 +10,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from harness.text import Content, Unusable, fields_of_line, text_of
+from harness.text import Unusable
 
-from .config import PoolSection, SelectSettings
+from .config import SelectSettings
+from .documents import Document, Unit, read_document
 from .leaks import LeakCheck
 from .methods import Scorer, open_scorer
-from .pool import read_targets
+from .pool import read_texts
 from .signatures import Signer
 from .targets import Targets
 from .work import STAGES, Arrays
 
 WORTH_RACING = 4
 """How many times as much a document's score must cost as its estimate; with few targets all documents are scored."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One record on its way to a worker: what it holds, and what it is called where it does not say."""
-
-    content: Any
-    id: str
-    group: str
 
 
 @dataclass(frozen=True)
@@ -51,8 +42,8 @@ class Worker:
     def __init__(self, settings: SelectSettings) -> None:
         """Reads the targets. HarnessError where that fails, or a package is missing."""
         self.settings = settings
-        texts = [read_targets(target) for target in settings.targets]
-        against = [text for source in settings.leaks.against for text in read_targets(source)]
+        texts = [read_texts(target, target.documents) for target in settings.targets]
+        against = [text for source in settings.leaks.against for text in read_texts(source)]
         self.targets = [Targets(each) for each in texts]
         self.forbidden = [text for each in texts for text in each] + against
         """What no chosen document may hold."""
@@ -73,9 +64,10 @@ class Worker:
 
     def run(self, task: str, units: list[Unit]) -> Outcome:
         """One of measure, estimate, score and inspect on a batch."""
-        texts, fields, unusable = self._texts(units)
+        documents = [read_document(unit, self.settings.pool) for unit in units]
+        texts = [b"" if isinstance(document.text, Unusable) else document.text.encode() for document in documents]
         if task == "measure":
-            columns = self._measure(units, texts, fields)
+            columns = self._measure(documents, texts)
         elif task == "estimate":
             columns = self._features(texts)
         elif task == "score":  # with the features, so that it is known how well they tell the score
@@ -83,22 +75,8 @@ class Worker:
         else:
             self._inspection = self._inspection or _Inspection(self.settings, self.forbidden)
             columns = self._inspection.columns(texts)
-        return Outcome(columns, unusable)
-
-    def _texts(self, units: list[Unit]) -> tuple[list[bytes], list[dict[str, Any]], list[tuple[int, str]]]:
-        """Of every record its text (nothing where it has none) and its other fields."""
-        pool = self.settings.pool
-        texts: list[bytes] = []
-        found: list[dict[str, Any]] = []
-        unusable = []
-        for index, unit in enumerate(units):
-            fields = fields_of_line(unit.content, pool) if isinstance(unit.content, bytes) else unit.content
-            text = _text_of(fields, pool)
-            if isinstance(text, Unusable):
-                unusable.append((index, text.reason))
-            texts.append(b"" if isinstance(text, Unusable) else text.encode())
-            found.append(fields if isinstance(fields, dict) else {})
-        return texts, found, unusable
+        reasons = [(n, each.text.reason) for n, each in enumerate(documents) if isinstance(each.text, Unusable)]
+        return Outcome(columns, reasons)
 
     def _scores(self, texts: list[bytes]) -> np.ndarray:
         """float64 [texts, sets of targets]."""
@@ -107,17 +85,14 @@ class Worker:
     def _features(self, texts: list[bytes]) -> Arrays:
         return {f"{STAGES[1]}-{index}": scorer.features(texts) for index, scorer in enumerate(self._scorers)}
 
-    def _measure(self, units: list[Unit], texts: list[bytes], fields: list[dict[str, Any]]) -> Arrays:
-        pool = self.settings.pool
+    def _measure(self, documents: list[Document], texts: list[bytes]) -> Arrays:
         usable = np.array([bool(text) and not text.isspace() for text in texts])
-        ids = [_named(row, pool.id_field, unit.id) for row, unit in zip(fields, units, strict=True)]
-        groups = [_named(row, pool.group_field, unit.group) for row, unit in zip(fields, units, strict=True)]
         columns: Arrays = {
             "usable": usable,
             "bytes": np.array([len(text) for text in texts], dtype=np.int64),
             "digest": _digests(texts, 16),
-            "id_digest": _digests((name.encode(errors="surrogatepass") for name in ids), 8)[:, 0],
-            "group": np.array(groups, dtype=np.str_),
+            "id_digest": _digests((document.id.encode(errors="surrogatepass") for document in documents), 8)[:, 0],
+            "group": np.array([document.group for document in documents], dtype=np.str_),
         }
         scored = [text for text, good in zip(texts, usable, strict=True) if good]
         windows = self._scorers[0].count_windows(scored) if scored else np.zeros(0, dtype=np.int64)
@@ -157,22 +132,6 @@ class _Inspection:
         if self._signer is not None:
             columns["signature"] = np.stack([self._signer.sign(text) for text in strings])
         return columns
-
-
-def _text_of(fields: Content | Unusable, pool: PoolSection) -> str | Unusable:
-    """The text of a record, which has to have an id too where the pool names one."""
-    if isinstance(fields, Unusable):
-        return fields
-    if isinstance(fields, dict) and pool.id_field is not None and fields.get(pool.id_field) is None:
-        if pool.id_field in fields:
-            return Unusable(f"{pool.id_field!r} (id_field) should name the document, found null")
-        names = ", ".join(map(repr, list(fields)[:10])) or "none"
-        return Unusable(f"has no key {pool.id_field!r} (id_field); its keys are {names}")
-    return text_of(fields, pool)
-
-
-def _named(fields: dict[str, Any], key: str | None, otherwise: str) -> str:
-    return otherwise if key is None else str(fields.get(key, ""))
 
 
 def _digests(texts: Iterable[bytes], size: int) -> np.ndarray:

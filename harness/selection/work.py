@@ -5,9 +5,11 @@ measure/shard-00000/              what ranks the documents of a shard
     part-0000.npz                 columns, a row a record, for PART_ROWS records
     done.json                     the shard is complete
 duplicates.npz                    which records repeat another's text
-round-000/plan.json               further passes over some records: `score` or `inspect`
+round-000/plan.json               further passes over some records: `estimate`, `score` or `inspect`
 round-000/wanted/shard-00000.npy  which
 round-000/shard-00000/            what came out, as above, with the records' rows
+round-000/kept/shard-00000/       the records themselves, by part, so that later rounds need not read the pool again;
+                                  KEPT_SHARE of a shard's at most, and only where that pays (see kept.py)
 final/shard-00000.npz             what to write
 
 Every file is whole or not there. A round counts once all its shards are done, so a restart decides what its
@@ -179,14 +181,29 @@ class WorkFolder:
 
     def wanted(self, name: str, shard: int) -> np.ndarray | None:
         """The records of a shard that a pass is about: bool [records]; None for all."""
-        if name == MEASURE:
-            return None
+        return None if name == MEASURE else self._wanted_of_round(name, shard)
+
+    def _wanted_of_round(self, name: str, shard: int) -> np.ndarray:
         file = self.path / name / "wanted" / f"shard-{shard:05d}.npy"
         try:
             rows: np.ndarray = np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise self._damage(file, error) from None
         return rows
+
+    def kept_file(self, name: str, shard: int, part: int) -> Path:
+        """Where a round keeps the records of a part."""
+        return self.path / name / "kept" / f"shard-{shard:05d}" / f"part-{part:04d}.zst"
+
+    def kept(self, shard: int) -> list[KeptFile]:
+        """What rounds have kept of a shard, by part."""
+        found = []
+        for plan in self.path.glob("round-*/plan.json"):
+            for file in (plan.parent / "kept" / f"shard-{shard:05d}").glob("part-*.zst"):
+                part = int(file.stem.removeprefix("part-"))
+                place = slice(part * PART_ROWS, (part + 1) * PART_ROWS)
+                found.append(KeptFile(file, part, place, self._wanted_of_round(plan.parent.name, shard)[place]))
+        return sorted(found, key=lambda file: (file.part, file.path))
 
     def count_wanted(self, name: str, shards: int) -> int:
         """How many records a round is about."""
@@ -211,6 +228,18 @@ def save_arrays(path: Path, columns: Arrays) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **columns)  # type: ignore[arg-type]
     replace(path, buffer.getvalue())
+
+
+@dataclass(frozen=True)
+class KeptFile:
+    """Where a round has kept the records of a part that it was about."""
+
+    path: Path
+    part: int
+    place: slice
+    """Of the part in its shard."""
+    rows: np.ndarray
+    """bool [records of the part]: which."""
 
 
 @dataclass

@@ -6,9 +6,10 @@ import gzip
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -16,14 +17,11 @@ import numpy as np
 
 from harness.config import HarnessError
 from harness.disk import sync
-from harness.text import Problem, SourceFile, import_parquet
+from harness.text import PARQUET_ROWS, SourceFile, Unusable, fields_of_line, import_parquet
 
 from .config import OutputSection
-from .pool import Pool, Shard
+from .pool import Pool, PoolRecord, Shard
 from .work import temporary_name
-
-PARQUET_ROWS = 512
-"""Rows that are read at once, as when they were scored: what follows in the file may be damaged."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +37,17 @@ class Decision:
 
 
 def write_shard(
-    pool: Pool, shard: Shard, decision: Decision, folder: Path, output: OutputSection
+    pool: Pool, shard: Shard, records: Iterable[PoolRecord], decision: Decision, folder: Path, output: OutputSection
 ) -> list[dict[str, Any]]:
-    """Write one shard's documents below `folder`; each file's name, documents and bytes. No file without documents.
+    """Write one shard's documents, whose `records` are given, below `folder`; each file's name, documents and bytes. No
+    file without documents.
 
     HarnessError where a document has the score's field already.
     """
     write = {"jsonl": _write_jsonl, "parquet": _write_parquet, "text": _write_text}[shard.format]
     if not decision.written.any():
         return []
-    records = pool.records(shard, lambda count: None, _ignore, decision.written)
     return write(pool, shard, records, decision, folder, output)
-
-
-def _ignore(problem: Problem) -> None:
-    """What the first pass has told."""
 
 
 def _extra(decision: Decision, output: OutputSection, row: int) -> dict[str, Any]:
@@ -65,36 +59,54 @@ def _extra(decision: Decision, output: OutputSection, row: int) -> dict[str, Any
 
 
 def _write_jsonl(
-    pool: Pool, shard: Shard, records: Any, decision: Decision, folder: Path, output: OutputSection
+    pool: Pool, shard: Shard, records: Iterable[PoolRecord], decision: Decision, folder: Path, output: OutputSection
 ) -> list[dict[str, Any]]:
-    [file] = shard.files
-    count = 0
-    path = folder / pool.name(file)
-    with writing(path, file.compression) as stream:
-        for record in records:
-            # The line stays as it is, to the last digit and space, and grows by what is added.
-            line = record.record.content.rstrip()
-            fields = _extra(decision, output, record.row)
-            taken = json.loads(line)
-            for name in fields:
-                if name in taken:
-                    raise HarnessError(
-                        f"{file.path}: line {record.record.number}: has a key {name!r} already; choose another "
-                        f"output.{'score_field' if name == output.score_field else 'target_field'}"
-                    )
-            stream.write(line[:-1].rstrip() + b", " + json.dumps(fields, ensure_ascii=False)[1:].encode() + b"\n")
-            count += 1
-    return [_described(folder, path, count)]
+    written = []
+    for file, of_file in groupby(records, key=lambda record: record.file):
+        count = 0
+        path = folder / pool.name(file)
+        with writing(path, file.compression) as stream:
+            for record in of_file:
+                # The line stays as it is, to the last digit and space, and grows by what is added.
+                assert isinstance(record.content, bytes)
+                line = record.content.rstrip()
+                fields = _extra(decision, output, record.row)
+                _refuse_taken(fields, line, pool, record, output)
+                stream.write(line[:-1].rstrip() + b", " + json.dumps(fields, ensure_ascii=False)[1:].encode() + b"\n")
+                count += 1
+        written.append(_described(folder, path, count))
+    return written
+
+
+def _refuse_taken(fields: dict[str, Any], line: bytes, pool: Pool, record: PoolRecord, output: OutputSection) -> None:
+    """HarnessError where a document has one of the keys that are to be added."""
+    taken = fields_of_line(line, pool.section)
+    if isinstance(taken, Unusable):
+        raise HarnessError(f"{record.file.path}: line {record.number}: was scored, and now {taken.reason}")
+    for name in fields:
+        if name in taken:
+            raise HarnessError(
+                f"{record.file.path}: line {record.number}: has a key {name!r} already; choose another "
+                f"output.{'score_field' if name == output.score_field else 'target_field'}"
+            )
 
 
 def _write_parquet(
-    pool: Pool, shard: Shard, records: Any, decision: Decision, folder: Path, output: OutputSection
+    pool: Pool, shard: Shard, records: Iterable[PoolRecord], decision: Decision, folder: Path, output: OutputSection
 ) -> list[dict[str, Any]]:
+    return [
+        _write_table(pool, file, {record.number - 1: record.row for record in of_file}, decision, folder, output)
+        for file, of_file in groupby(records, key=lambda record: record.file)
+    ]
+
+
+def _write_table(
+    pool: Pool, file: SourceFile, places: dict[int, int], decision: Decision, folder: Path, output: OutputSection
+) -> dict[str, Any]:
+    """`places`: rows of the file that are written, and which of the shard they are."""
     parquet = import_parquet()
     import pyarrow
 
-    [file] = shard.files
-    places = {record.record.number - 1: record.row for record in records}
     path = folder / pool.name(file)
     with writing(path, "none") as stream, parquet.ParquetFile(file.path) as table:
         schema = table.schema_arrow
@@ -104,7 +116,7 @@ def _write_parquet(
             kind = pyarrow.float64() if name == output.score_field else pyarrow.string()
             schema = schema.append(pyarrow.field(name, kind))
         with parquet.ParquetWriter(stream, schema) as writer:
-            first = 0
+            first, last = 0, max(places)
             for batch in _batches(table, file):
                 mine = [index for index in range(len(batch)) if first + index in places]
                 if mine:
@@ -115,13 +127,14 @@ def _write_parquet(
                         kept = kept.append_column(schema.field(name), values)
                     writer.write_table(kept)
                 first += len(batch)
-                if first > max(places):  # what follows may be damaged
+                if first > last:  # what follows may be damaged
                     break
-    return [_described(folder, path, len(places))]
+    return _described(folder, path, len(places))
 
 
 def _batches(table: Any, file: SourceFile) -> Iterator[Any]:
-    """Rows with all their columns; HarnessError where one cannot be read."""
+    """Rows with all their columns, as many at once as when they were scored: what follows in the file may be damaged.
+    HarnessError where a column cannot be read."""
     import pyarrow
 
     try:
@@ -132,16 +145,17 @@ def _batches(table: Any, file: SourceFile) -> Iterator[Any]:
 
 
 def _write_text(
-    pool: Pool, shard: Shard, records: Any, decision: Decision, folder: Path, output: OutputSection
+    pool: Pool, shard: Shard, records: Iterable[PoolRecord], decision: Decision, folder: Path, output: OutputSection
 ) -> list[dict[str, Any]]:
     """Each file with its chosen parts, and scores-00000.jsonl with a line a document."""
     separator = pool.section.separator or ""
     held: dict[str, tuple[SourceFile, list[str]]] = {}
     lines = []
     for record in records:
+        assert isinstance(record.content, str)
         name = pool.name(record.file)
-        held.setdefault(name, (record.file, []))[1].append(record.record.content)
-        place = {} if pool.section.separator is None else {"part": record.record.number}
+        held.setdefault(name, (record.file, []))[1].append(record.content)
+        place = {} if pool.section.separator is None else {"part": record.number}
         lines.append({"file": name, **place, **_extra(decision, output, record.row)})
     written = []
     for name, (file, parts) in held.items():

@@ -6,12 +6,27 @@ then records.py (what a file's records are). Light: nothing here imports torch.
 
 from .files import SourceFile, find_files
 from .progress import Progress
-from .records import Content, Problem, Record, Unusable, fields_of_line, import_parquet, place_of, read_records, text_of
+from .records import (
+    PARQUET_ROWS,
+    Content,
+    Problem,
+    Record,
+    Unusable,
+    fields_of_line,
+    import_parquet,
+    place_of,
+    read_records,
+    text_of,
+)
+from .selected import CHOSEN, SELECTION_RECORD
 from .source import TextSource
 from .streams import STREAM_ERRORS, open_stream
 from .workers import available_cores, choose_workers, map_in_processes
 
 __all__ = [
+    "CHOSEN",
+    "PARQUET_ROWS",
+    "SELECTION_RECORD",
     "STREAM_ERRORS",
     "Content",
     "Problem",

@@ -18,6 +18,7 @@ from .source import TextSource
 from .streams import STREAM_ERRORS, open_stream
 
 PARQUET_ROWS = 512
+"""Rows that are read at once: so few, because one that is damaged takes the others with it."""
 
 Content = bytes | str | dict[str, Any]
 """A line of jsonl, the text of a text file or of a part of one, a row of parquet."""
@@ -57,7 +58,7 @@ class Unusable:
 def read_records(
     file: SourceFile,
     source: TextSource,
-    advance: Callable[[int], None],
+    advance: Callable[[int], None] = lambda count: None,
     *,
     columns: Sequence[str] = (),
     wanted: Sequence[bool] | None = None,

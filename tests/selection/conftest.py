@@ -16,6 +16,7 @@ import pytest
 
 import harness.selection as room
 from harness.selection import current_implementation
+from tests.selection.starting import write_site
 
 NATIVE = Path(room.__file__).parent / "native"
 NAME = "harness.selection.deflate_sizes"
@@ -46,6 +47,13 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         current_implementation.cache_clear()
         yield
     current_implementation.cache_clear()
+
+
+@pytest.fixture
+def _every_file_is_a_shard(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Here and in processes that are started; else small files are one together."""
+    monkeypatch.setattr("harness.selection.pool.SHARD_BYTES", 0)
+    monkeypatch.setenv("PYTHONPATH", str(write_site(tmp_path_factory.mktemp("site"))), prepend=":")
 
 
 @pytest.fixture(autouse=True)

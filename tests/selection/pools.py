@@ -211,6 +211,11 @@ def write_lines(path: Path, lines: Iterable[bytes]) -> Path:
     return path
 
 
+def write_texts(path: Path, texts: Iterable[str]) -> Path:
+    """As a line each, under the key `text`."""
+    return write_lines(path, [json.dumps({"text": text}).encode() + b"\n" for text in texts])
+
+
 def read_bytes(path: Path) -> bytes:
     data = path.read_bytes()
     if path.suffix == ".gz":
@@ -245,7 +250,7 @@ def settings_of(pool: Any, targets: Any, folder: Path | str, **sections: Any) ->
     values: dict[str, Any] = {
         "pool": pool if isinstance(pool, dict) else {"source": [str(file) for file in pool], "id_field": "id"},
         "targets": targets if isinstance(targets, list) else [{"name": "code", "source": [str(targets)]}],
-        "score": {"window_bytes": WINDOW_BYTES},
+        "score": {"method": "ncd", "window_bytes": WINDOW_BYTES},
         "budget": {"documents": 20},
         "duplicates": {"remove": "exact"},
         "output": {"folder": str(folder)},

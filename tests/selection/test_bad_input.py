@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gzip
 import json
 import os
@@ -17,6 +18,7 @@ import zstandard
 from harness.cli import main
 from harness.config import dump_yaml
 from harness.selection import select
+from harness.selection.pool import Pool
 from tests.selection.pools import (
     QUIET,
     chosen_ids,
@@ -28,6 +30,7 @@ from tests.selection.pools import (
     result_of,
     settings_of,
     write_lines,
+    write_texts,
 )
 
 ROW = b'{"id": "x", "text": "def f(x): return x + 1"}\n'
@@ -58,8 +61,7 @@ class Place:
         lines = [line_of(r, document) for document in draw_pool(r, draw_targets(r), 40)]
         (folder / "in").mkdir()
         write_lines(folder / "in" / "good.jsonl", lines)
-        targets = [json.dumps({"text": code(r, 300)}).encode() + b"\n" for _ in range(3)]
-        write_lines(folder / "targets.jsonl", targets)
+        write_texts(folder / "targets.jsonl", [code(r, 300) for _ in range(3)])
         section = {"source": [str(folder / "in")], "suffixes": [".jsonl", ".gz", ".zst", ".txt", ".parquet"]}
         aims, out = folder / "targets.jsonl", folder / "out"
         self.settings = settings_of(section | {"id_field": "id"}, aims, out, budget={"documents": 5})
@@ -214,8 +216,6 @@ def test_folders_of_other_selections(place: Place) -> None:
 
 
 def test_a_folder_in_use(place: Place) -> None:
-    import fcntl
-
     for name, advice in (("out", "output.folder"), ("scores", "output.work")):
         (place.folder / name).mkdir(exist_ok=True)
         with (place.folder / name / ".lock").open("a+") as file:
@@ -283,18 +283,16 @@ def test_a_full_disk(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_pool_that_changes_while_it_is_read(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    from harness.selection.pool import Pool
-
     records, count = Pool.records, 0
 
-    def touching(pool: Pool, *arguments: Any) -> Any:
+    def touching(pool: Pool, *arguments: Any, **options: Any) -> Any:
         nonlocal count
         count += 1
         if count == 2:
             os.utime(place.folder / "in" / "good.jsonl", (1, 1))
         elif count == 4:
             (place.folder / "in" / "good.jsonl").unlink()
-        return records(pool, *arguments)
+        return records(pool, *arguments, **options)
 
     monkeypatch.setattr(Pool, "records", touching)
     said = place.refused()

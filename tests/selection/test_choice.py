@@ -97,7 +97,7 @@ def test_documents_and_bytes_by_shares(known: Known) -> None:
             assert sum(budget or 0 for budget in choice.budgets) == total
             assert all(abs((budget or 0) - part) <= 1 for budget, part in zip(choice.budgets, parts, strict=True))
             assert chosen == known.expect([budget or 0 for budget in choice.budgets], unit)
-            for target, ending in enumerate(choice.endings()):
+            for target, ending in enumerate(choice.endings):
                 scores = [known.rows[key]["scores"][target] for key, its in chosen.items() if its == target]
                 assert ending.threshold == min(scores, default=np.inf)
 

@@ -13,39 +13,27 @@ from harness.config import HarnessError, dump_yaml
 from harness.selection import SelectSettings, select
 from harness.selection.job import Job
 from tests.selection.pools import QUIET, result_of
+from tests.selection.starting import write_site
 from tests.selection.test_killed import Inputs, command
 
 pytest.importorskip("datatrove")
 
+pytestmark = pytest.mark.usefixtures("_every_file_is_a_shard")
+
 FAILING = """
-# Run by every Python that starts with this folder on its path: one shard fails as long as a file is there.
-import glob, os, sys, time
-from importlib.machinery import PathFinder, SourceFileLoader
+def change(pool):
+    '''One shard fails as long as a file is there.'''
+    records = pool.records
 
-class Loader(SourceFileLoader):
-    def exec_module(self, module):
-        super().exec_module(module)
-        records = module.Pool.records
+    def failing(self, shard, *arguments, **options):
+        for number, record in enumerate(records(self, shard, *arguments, **options)):
+            if number == 20 and shard.number == {shard} and os.path.exists({flag!r}):
+                while len(glob.glob({done!r})) < 2:  # datatrove ends the other tasks too
+                    time.sleep(0.01)
+                raise RuntimeError("the machine went away")
+            yield record
 
-        def failing(pool, shard, *arguments):
-            for number, record in enumerate(records(pool, shard, *arguments)):
-                if number == 20 and shard.number == {shard} and os.path.exists({flag!r}):
-                    while len(glob.glob({done!r})) < 2:  # datatrove ends the other tasks too
-                        time.sleep(0.01)
-                    raise RuntimeError("the machine went away")
-                yield record
-
-        module.Pool.records = failing
-
-class Finder(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        spec = PathFinder.find_spec(name, path, target) if name == "harness.selection.pool" else None
-        if spec is not None:
-            spec.loader = Loader(name, spec.origin)
-        return spec
-
-sys.meta_path.insert(0, Finder)
+    pool.records = failing
 """
 
 
@@ -78,9 +66,8 @@ def test_a_failed_task_loses_its_shards_and_a_rerun_does_those(
     shard = random.randrange(3)
     flag = tmp_path / "broken"
     done = str(tmp_path / "out/work/measure/*/done.json")
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(FAILING.format(shard=shard, flag=str(flag), done=done))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=":")
+    site = write_site(tmp_path / "site", FAILING.format(shard=shard, flag=str(flag), done=done))
+    monkeypatch.setenv("PYTHONPATH", str(site), prepend=":")
     monkeypatch.chdir(tmp_path)
     flag.touch()
     with pytest.raises(HarnessError) as caught:

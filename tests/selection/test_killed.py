@@ -32,7 +32,10 @@ from tests.selection.pools import (
     settings_of,
     words,
     write_lines,
+    write_texts,
 )
+
+pytestmark = pytest.mark.usefixtures("_every_file_is_a_shard")
 
 TOUCHING = ("rename", "unlink", "mkdir", "rmdir")
 """Calls that change what a restart finds; everything is written under another name and then renamed."""
@@ -50,8 +53,7 @@ class Inputs:
         lines = [line_of(r, document) for document in pool]
         names = ["in/a.jsonl", "in/b.jsonl.gz", "in/c.jsonl.zst"]
         self.files = [write_lines(folder / name, lines[start::3]) for start, name in enumerate(names)]
-        rows = [json.dumps({"text": text}).encode() + b"\n" for text in targets]
-        self.targets = write_lines(folder / "targets.jsonl", rows)
+        self.targets = write_texts(folder / "targets.jsonl", targets)
 
     def __repr__(self) -> str:
         return f"Inputs(seed={self.seed})"
@@ -73,7 +75,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 
 @pytest.fixture(autouse=True)
-def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_parts_all_of_which_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.selection.kept.KEPT_SHARE", 9.0)
+    monkeypatch.setattr("harness.selection.kept.SMALL_SHARD_BYTES", 0)
     for module in ("pool", "work"):
         monkeypatch.setattr(f"harness.selection.{module}.PART_ROWS", 20)
 
@@ -249,8 +253,7 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, by
     """A configuration file of some seconds of work, and what comes of it undisturbed."""
     folder = tmp_path_factory.mktemp("larger")
     r = random.Random()
-    rows = [json.dumps({"text": code(r, 500)}).encode() + b"\n" for _ in range(40)]
-    targets = write_lines(folder / "targets.jsonl", rows)
+    targets = write_texts(folder / "targets.jsonl", [code(r, 500) for _ in range(40)])
     files = []
     for number in range(6):
         texts = [code(r, r.randint(100, 1500)) if r.random() < 0.5 else words(r, 90) for _ in range(250)]

@@ -23,6 +23,7 @@ from tests.selection.pools import (
     result_of,
     settings_of,
     write_lines,
+    write_texts,
 )
 
 
@@ -40,8 +41,7 @@ class Prepared:
         return f"Prepared(seed={self.seed})"
 
     def write_targets(self, folder: Path) -> Path:
-        lines = [json.dumps({"text": text}).encode() + b"\n" for text in self.targets]
-        return write_lines(folder / "targets.jsonl", lines)
+        return write_texts(folder / "targets.jsonl", self.targets)
 
     def choose(self, pool: Any, folder: Path, **sections: Any) -> dict[str, Any]:
         sections = {"budget": {"documents": 25}, "output": {"rejected": True}, "racing": {"exact": True}} | sections

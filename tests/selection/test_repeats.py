@@ -30,6 +30,7 @@ from tests.selection.pools import (
     take,
     words,
     write_lines,
+    write_texts,
 )
 
 
@@ -224,8 +225,7 @@ def test_what_holds_a_target_is_left_out_and_what_shares_its_words_is_not(tmp_pa
     documents = [Document(f"{kind}-{n}", text, "") for kind, each in texts.items() for n, text in enumerate(each)]
     file = write_lines(tmp_path / "pool.jsonl", [line_of(r, document) for document in documents])
     aims, forbidden = (
-        write_lines(tmp_path / name, [json.dumps({"text": text}).encode() + b"\n" for text in each])
-        for name, each in (("targets.jsonl", targets), ("answers.jsonl", answers))
+        write_texts(tmp_path / name, each) for name, each in (("targets.jsonl", targets), ("answers.jsonl", answers))
     )
     sections = [{"name": "answers", "source": [str(forbidden)]}]
     for name, leaks, missing in [

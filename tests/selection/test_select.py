@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 
 from harness.config import HarnessError
 from harness.selection import select
@@ -31,6 +32,7 @@ from tests.selection.pools import (
     take,
     words,
     write_lines,
+    write_texts,
 )
 
 
@@ -54,10 +56,6 @@ class Prepared:
         ]
 
 
-def write_targets(path: Path, targets: list[str]) -> Path:
-    return write_lines(path, [json.dumps({"text": text}).encode() + b"\n" for text in targets])
-
-
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     seed = random.randrange(10**9)
@@ -74,8 +72,8 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
         documents,
         Truth(documents, targets, more[1:4]),
         files,
-        write_targets(folder / "targets.jsonl", targets),
-        write_targets(folder / "more.jsonl.gz", more),
+        write_texts(folder / "targets.jsonl", targets),
+        write_texts(folder / "more.jsonl.gz", more),
     )
 
 
@@ -122,8 +120,6 @@ def test_bytes(pool: Prepared, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(pool: Prepared) -> Path:
-    import sentencepiece
-
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([document.text[:400] for document in pool.truth.eligible[:60]]),
         model_prefix=str(pool.folder / "tokenizer"),
@@ -139,8 +135,6 @@ def tokenizer(pool: Prepared) -> Path:
 
 @pytest.mark.usefixtures("_no_slack")
 def test_tokens(pool: Prepared, tokenizer: Path, tmp_path: Path) -> None:
-    import sentencepiece
-
     model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     tokens = {document.id: len(model.encode(document.text)) + 1 for document in pool.documents}
     for budget in (random.randint(50, 600), random.randint(600, 30_000)):
@@ -153,8 +147,6 @@ def test_tokens(pool: Prepared, tokenizer: Path, tmp_path: Path) -> None:
 
 def test_a_budget_that_only_a_closer_look_finds_too_large(pool: Prepared, tokenizer: Path, tmp_path: Path) -> None:
     """Leaks count first, and tokens, of which there are more than a first guess says."""
-    import sentencepiece
-
     model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     left = {document.id for document in pool.truth.ranking()}
     assert len(left) < len(pool.truth.eligible)
@@ -177,8 +169,6 @@ def test_what_does_not_fit_is_looked_at_before_it_ends_the_choice(
     pool: Prepared, tokenizer: Path, tmp_path: Path, unit: str
 ) -> None:
     """It may be a leak, or have fewer tokens than its bytes let expect."""
-    import sentencepiece
-
     r = random.Random()
     targets = draw_targets(r, 3)
     texts = [
@@ -190,7 +180,7 @@ def test_what_does_not_fit_is_looked_at_before_it_ends_the_choice(
     model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     weights = {d.id: len(d.text.encode()) if unit == "bytes" else len(model.encode(d.text)) + 1 for d in documents}
     files = [write_lines(tmp_path / "in.jsonl", [line_of(r, document) for document in documents])]
-    aims = write_targets(tmp_path / "targets.jsonl", targets)
+    aims = write_texts(tmp_path / "targets.jsonl", targets)
     section = {"tokenizer": str(tokenizer)} if unit == "tokens" else {}
     for number in range(8):
         budget = r.randint(20, sum(weights[document.id] for document in truth.ranking()) // 2)
@@ -224,6 +214,7 @@ def test_several_targets(pool: Prepared, tmp_path: Path) -> None:
 
 
 def test_neither_workers_nor_part_sizes_show(pool: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.selection.kept.SMALL_SHARD_BYTES", 0)
     results = []
     for name, workers, rows, size in [("one", 1, 1 << 16, 1 << 18), ("two", 2, 30, 1000), ("four", 4, 50, 1)]:
         (tmp_path / name).mkdir()
@@ -231,6 +222,7 @@ def test_neither_workers_nor_part_sizes_show(pool: Prepared, tmp_path: Path, mon
         for module in ("pool", "work"):
             monkeypatch.setattr(f"harness.selection.{module}.PART_ROWS", rows)
         monkeypatch.setattr("harness.selection.pool.BATCH_BYTES", size)
+        monkeypatch.setattr("harness.selection.kept.KEPT_SHARE", workers - 1.0)  # nothing, and all
         monkeypatch.setattr(sys.modules["harness.selection.select"], "WORTH_A_PROCESS", 0 if workers == 2 else 999)
         near = {"remove": "near"}
         choose(pool, Path("out"), pool.both, workers=workers, output={"rejected": True}, duplicates=near)
@@ -272,8 +264,6 @@ class Counted:
 def test_another_budget_computes_no_score_again(
     pool: Prepared, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sentencepiece
-
     model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     weigh: dict[str, Callable[[Document], int]] = {
         "documents": lambda document: 1,
@@ -293,7 +283,7 @@ def test_another_budget_computes_no_score_again(
 
 def test_the_race_loses_no_winner(tmp_path: Path) -> None:
     r = random.Random()
-    targets = write_targets(tmp_path / "targets.jsonl", draw_targets(r, 24))
+    targets = write_texts(tmp_path / "targets.jsonl", draw_targets(r, 24))
     documents = [Document(f"{n}", code(r, r.randint(30, 600)) if n % 2 else words(r, 40), "x") for n in range(3000)]
     files = [write_lines(tmp_path / "a.jsonl", [line_of(r, document) for document in documents])]
     results = []
@@ -316,7 +306,7 @@ def test_what_is_left_out_makes_room_for_what_lost_the_race(tmp_path: Path) -> N
     """The best of the pool are all leaks: those chosen in their place are the best of the rest, not of the scored."""
     r = random.Random()
     texts = draw_targets(r, 24)
-    targets = write_targets(tmp_path / "targets.jsonl", texts)
+    targets = write_texts(tmp_path / "targets.jsonl", texts)
     leaks = [Document(f"leak-{n}", f"{text} {words(r, 2)}", "x") for n, text in enumerate(texts * 10)]
     others = [Document(f"{n}", code(r, r.randint(30, 300)), "x") for n in range(600)]
     documents = leaks + others

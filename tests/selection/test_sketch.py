@@ -63,7 +63,7 @@ def test_a_regression_on_the_sketch_predicts_the_score(compressor: Compressor) -
     texts = [CODE[start : start + length] for start, length in cuts]
     texts += [" ".join(r.choices(words, k=r.randint(50, 700))).encode() for _ in range(100)]
     targets = Targets([CODE[i : i + 200 + 9 * (i // 1_000)] for i in range(50_000, 80_000, 1_000)])
-    scorer = open_scorer(ScoreSection(compressor=compressor), targets)
+    scorer = open_scorer(ScoreSection(method="ncd", compressor=compressor), targets)
     exact, sketch = scorer.scores(texts), scorer.sketch(texts)
     assert sketch.dtype == np.float32
     columns = np.column_stack([sketch, np.ones(len(texts))]).astype(np.float64)
@@ -74,6 +74,6 @@ def test_a_regression_on_the_sketch_predicts_the_score(compressor: Compressor) -
 
 @pytest.mark.parametrize("texts", [[b""], [b"", b""], [b"a"], [b"abcdefg" * 2]])
 def test_targets_too_small_to_learn_from(texts: list[bytes]) -> None:
-    scorer = open_scorer(ScoreSection(), Targets(texts))
+    scorer = open_scorer(ScoreSection(method="ncd"), Targets(texts))
     for found in (scorer.sketch([b"", CODE[:2_000], CODE]), scorer.features([b"", CODE[:2_000], CODE])):
         assert np.isfinite(found).all()

@@ -19,7 +19,7 @@ def source_of(path: Path, **fields: object) -> TextSource:
 
 def texts(source: TextSource) -> list[str | Unusable | Problem]:
     [file] = find_files(source)
-    records = read_records(file, source, lambda count: None)
+    records = read_records(file, source)
     return [record if isinstance(record, Problem) else text_of(record.content, source) for record in records]
 
 
@@ -46,9 +46,9 @@ def test_several_columns_of_parquet(tmp_path: Path) -> None:
     source = source_of(tmp_path / "x.parquet", text_field=["a", "b"], joined_by=" ")
     assert texts(source) == [f"a{i} b{i}" for i in range(1500)]
     [file] = find_files(source)
-    records = list(read_records(file, source, lambda count: None, columns=["id"]))
+    records = list(read_records(file, source, columns=["id"]))
     assert [record.content["id"] for record in records if isinstance(record, Record)] == columns["id"]  # type: ignore[index]
-    [problem] = read_records(file, source, lambda count: None, columns=["key"])
+    [problem] = read_records(file, source, columns=["key"])
     assert isinstance(problem, Problem)
     assert problem.reason == "has no column 'key' (id_field); its columns are 'id', 'b', 'a'"
 
@@ -57,7 +57,7 @@ def test_lines_keep_their_numbers(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n\n  \n[]\n{"text": "two"}')
     source = source_of(tmp_path / "x.jsonl")
     [file] = find_files(source)
-    records = [record for record in read_records(file, source, lambda count: None) if isinstance(record, Record)]
+    records = [record for record in read_records(file, source) if isinstance(record, Record)]
     assert [record.number for record in records] == [1, 4, 5]
     assert texts(source) == ["one", Unusable("expected a JSON object with the key 'text', found a list"), "two"]
 
