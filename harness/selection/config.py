@@ -159,6 +159,9 @@ class LeaksSection(Section):
     words: int = Field(13, ge=3)
     """Words in a row that are compared, in lower case and without punctuation; shorter targets are compared whole."""
 
+    least_words: int = Field(5, ge=1)
+    """Targets of fewer words are not looked for: documents have such by chance."""
+
     share: float = Field(0.3, gt=0, le=1)
     """Part of a target's word runs from which on a document holds it."""
 

@@ -23,7 +23,7 @@ class LeakCheck:
         for number, text in enumerate(forbidden):
             words = _words(text.decode(errors="replace"))
             length = min(len(words), section.words)
-            runs = set(_runs(words, length)) if words else set()
+            runs = set(_runs(words, length)) if len(words) >= section.least_words else set()
             self._lengths.append(len(runs))
             for run in runs:
                 self._holders.setdefault(length, {}).setdefault(run, []).append(number)

@@ -24,6 +24,9 @@ pytestmark = pytest.mark.skipif(interpreter.why_not() is not None, reason=str(in
 REDUCTIONS = ["mean", "sum", "none"]
 GRADIENT_ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-9, torch.float16: 2**-12}
 """Of a logit's gradient, before the products that it enters."""
+CANCELLATION = 4
+"""How many times the largest sum of products the largest sum of their absolute values may be: by so much a rounding of
+the factors grows. With random hidden states and a hundred columns 2 was passed about once in a hundred draws."""
 
 
 TWO_TILES = 101
@@ -55,7 +58,7 @@ def compare(
         assert got.dtype == wanted.dtype
         error = relative_error(got, wanted)
         # Rounded to its dtype once, at the end, and made of rounded gradients of the logits.
-        rounding = 1.01 * torch.finfo(got.dtype).eps + 2 * GRADIENT_ROUNDING[problem.hidden.dtype]
+        rounding = 1.01 * torch.finfo(got.dtype).eps + CANCELLATION * GRADIENT_ROUNDING[problem.hidden.dtype]
         assert error < tolerance + rounding, f"{what}: gradient {index} is off by {error}"
     assert output.implementation.startswith("triton for the interpreter, recomputed in the backward, ")
     return output

@@ -195,17 +195,21 @@ def test_leaks_by_runs_of_words() -> None:
     r = random.Random()
     for _ in range(30):
         forbidden = [words(r, r.randint(0, 60)) for _ in range(5)]
-        section = LeaksSection(words=r.choice([3, 5, 13]), share=r.choice([0.1, 0.3, 1.0]))
+        least = r.choice([1, 5, 20])
+        section = LeaksSection(words=r.choice([3, 5, 13]), share=r.choice([0.1, 0.3, 1.0]), least_words=least)
         check = LeakCheck([text.encode() for text in forbidden], section)
         target = r.choice(forbidden).split()
         start = r.randint(0, len(target))
         piece = " ... ".join(target[start : start + r.randint(0, 60)])
         document = f"{words(r, 9)}; {piece.upper()}\n{words(r, 9)}"
         found = check.share(document) >= section.share
-        assert found == holds(document, forbidden, section.words, section.share)
-    assert LeakCheck([b"one two three"], LeaksSection()).share("One, two: three!") == 1
-    assert LeakCheck([b"one two three"], LeaksSection()).share("one two four three") == 0
-    assert LeakCheck([b"?!", b""], LeaksSection()).share("?!") == 0
+        looked_for = [text for text in forbidden if len(text.split()) >= least]
+        assert found == holds(document, looked_for, section.words, section.share)
+    three = LeaksSection(least_words=3)
+    assert LeakCheck([b"one two three"], three).share("One, two: three!") == 1
+    assert LeakCheck([b"one two three"], three).share("one two four three") == 0
+    assert LeakCheck([b"?!", b""], LeaksSection(least_words=1)).share("?!") == 0
+    assert LeakCheck([b"one two three four"], LeaksSection()).share("one two three four five") == 0
 
 
 def test_what_holds_a_target_is_left_out_and_what_shares_its_words_is_not(tmp_path: Path) -> None:
