@@ -26,6 +26,11 @@ dsir.resample(out_dir=folder + "/chosen", num_to_sample=int(documents), cache_di
 """
 """As its README has it: features of all documents twice, then a sample."""
 
+SELECTIONS = {
+    "ncd": ["score.method=ncd"],
+    "ncd over lz4": ["score.method=ncd", "score.compressor=lz4"],
+    "coverage": ["score.method=coverage"],
+}
 Command = Callable[[str], list[str]]
 """The command line, for a folder to write to."""
 
@@ -55,10 +60,9 @@ def measure_end_to_end(
         return lambda out: [*command, f"output.folder={out}/chosen"]
 
     commands = {
-        "harness select": select(),
-        "harness select, all pairs": select("racing.exact=true"),
-        "harness select, lz4": select("score.compressor=lz4"),
-        "harness select, lz4, all pairs": select("score.compressor=lz4", "racing.exact=true"),
+        f"harness select, {name}{how}": select(*options, *exact)
+        for name, options in SELECTIONS.items()
+        for how, exact in (("", []), (", all pairs", ["racing.exact=true"]))
     }
     if dsir_python is not None:
         numbers = [str(len(documents) // SHARE), str(workers)]
@@ -88,7 +92,7 @@ def measure_end_to_end(
         "bytes": size,
         "chosen": {name: len(each) for name, each in ids.items()},
         "missed_by_the_race": {
-            name: len(ids[f"{name}, all pairs"] - ids[name]) for name in ("harness select", "harness select, lz4")
+            name: len(ids[f"harness select, {name}, all pairs"] - ids[f"harness select, {name}"]) for name in SELECTIONS
         },
         "workers": workers,
         "contenders": {

@@ -40,7 +40,7 @@ def read_pool(count: int) -> list[Document]:
     code = count // 4 if prose else count // 2
     r = random.Random(1)
     documents = [*_take(_sources(own, "stdlib", r), code, r), *_take(_sources(installed, "packages", r), code, r)]
-    documents += _take((Document(text, "corpus") for path in prose for text in _jsonl(path)), count - 2 * code, r)
+    documents += _take((Document(text, "corpus") for path in prose for text in jsonl_texts(path)), count - 2 * code, r)
     r.shuffle(documents)
     if len(documents) < count:
         raise SystemExit(f"{len(documents):,} documents found, not {count:,}: install more or set $HARNESS_TEST_DATA")
@@ -72,7 +72,7 @@ def _sources(paths: list[Path], source: str, r: random.Random) -> Iterator[Docum
             continue
 
 
-def _jsonl(path: Path) -> Iterator[str]:
+def jsonl_texts(path: Path) -> Iterator[str]:
     import zstandard
 
     with path.open("rb") as file:
