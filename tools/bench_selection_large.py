@@ -3,9 +3,9 @@
     python tools/bench_selection_large.py --roots /usr/share /usr/lib/python3 --out benchmarks/selection_large_cpu.json
 
 The pool is cut from the text files below `--roots` and from $HARNESS_TEST_DATA/corpus where that is set: pieces of
-about 2 kB (log-normal, exact copies left out), as 16 files of jsonl.zst. Each selection is a process of its own, one after
-the other, with one worker: CPU-seconds and peak memory are the process's, from its start to its end. The targets are
-HumanEval's first half where $HARNESS_TEST_DATA has it, else functions of the standard library.
+about 2 kB (log-normal, exact copies left out), as 16 files of jsonl.zst. Each selection is a process of its own, one
+after the other, with one worker: CPU-seconds and peak memory are the process's, from its start to its end. The
+targets are HumanEval's first half where $HARNESS_TEST_DATA has it, else functions of the standard library.
 """
 
 from __future__ import annotations

@@ -202,7 +202,8 @@ class DistributedSection(Section):
     file system that all machines share; this process submits, waits and decides."""
 
     tasks: int = Field(8, ge=1)
-    """Tasks that the shards are dealt out to; no more than there are shards (a jsonl or parquet file is one)."""
+    """Tasks that the shards are dealt out to; no more than there are shards (a jsonl or parquet file is one, or several
+    small ones together)."""
 
     workers: int | None = Field(None, ge=1)
     """Tasks at a time; null: all."""

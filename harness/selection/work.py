@@ -12,8 +12,8 @@ round-000/kept/shard-00000/       the records themselves, by part, so that later
                                   KEPT_SHARE of a shard's at most, and only where that pays (see kept.py)
 final/shard-00000.npz             what to write
 
-Every file is whole or not there. A round counts once all its shards are done, so a restart decides what its
-predecessor decided.
+Every file is whole or not there, save those in kept/, which are checked as they are read. A round counts once all its
+shards are done, so a restart decides what its predecessor decided.
 """
 
 from __future__ import annotations

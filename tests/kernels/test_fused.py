@@ -100,7 +100,10 @@ def test_odd_sizes(vocab_size: int, dim: int, descriptors: bool) -> None:
     for tokens in (1, 32, 33, 70):
         problem = in_dtype(draw(tokens, dim, vocab_size, padding=vocab_size % 3, ignored=0.2), torch.float32)
         with interpreter.sizes(descriptors=descriptors, chunk=32, tiles_a_split=1 + tokens % 3):
-            compare(problem, f"{tokens} tokens", reduction="none", bias=True, outputs=("lse", "correct"))
+            # A gradient of a few numbers may be next to nothing, of terms that cancel.
+            tolerance = 1e-3 if tokens * dim < 16 else 2e-5
+            outputs = ("lse", "correct")
+            compare(problem, f"{tokens} tokens", tolerance=tolerance, reduction="none", bias=True, outputs=outputs)
 
 
 def test_strided_and_unaligned_matrices_are_read_through_pointers() -> None:

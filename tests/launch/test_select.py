@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from tests.launch import cluster as slurm
@@ -29,14 +31,17 @@ def cluster() -> Iterator[slurm.Cluster]:
 
 
 def write_pool(folder: Path) -> Path:
-    """Four shards, and a configuration that chooses from them."""
+    """Four shards (small neighbours of one format would be one), and a configuration that chooses from them."""
     generator = random.Random()
     for shard in range(4):
-        rows = [{"text": " ".join(generator.choices(WORDS, k=generator.randint(5, 200)))} for _ in range(100)]
-        (folder / f"{shard}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        texts = [" ".join(generator.choices(WORDS, k=generator.randint(5, 200))) for _ in range(100)]
+        if shard % 2:
+            pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / f"{shard}.parquet")
+        else:
+            (folder / f"{shard}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (folder / "target.txt").write_text("\n\n".join(" ".join(generator.choices(WORDS, k=50)) for _ in range(20)))
     values: dict[str, Any] = {
-        "pool": {"source": [f"{folder}/?.jsonl"]},
+        "pool": {"source": [f"{folder}/[0-3].*"]},
         "targets": [{"name": "words", "source": [str(folder / "target.txt")], "separator": "\n\n"}],
         "budget": {"documents": 40},
         "racing": {"audited_documents": 64},

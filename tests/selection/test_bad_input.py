@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -299,3 +300,22 @@ def test_a_pool_that_changes_while_it_is_read(place: Place, monkeypatch: pytest.
     assert said.startswith("pool: {t}/in/good.jsonl: was changed while it was read; select again, into another output.")
     assert "is gone" in place.refused(f"output.folder={place.folder}/other")
     assert not (place.folder / "other" / "chosen").exists()
+
+
+def test_a_line_that_changes_unseen(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file's size and time are what they were."""
+    file, records, count = place.folder / "in" / "good.jsonl", Pool.records, 0
+
+    def breaking(pool: Pool, *arguments: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 2:
+            time = file.stat().st_mtime_ns
+            file.write_bytes(file.read_bytes().replace(b"{", b"("))
+            os.utime(file, ns=(time, time))
+        return records(pool, *arguments, **options)
+
+    monkeypatch.setattr(Pool, "records", breaking)
+    said = place.refused("leaks.remove=false")
+    assert re.fullmatch(r"\{t}/in/good.jsonl: line \d+: was scored, and now not valid JSON \(.*\)", said)
+    assert not (place.folder / "out" / "chosen").exists()

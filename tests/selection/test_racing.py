@@ -140,9 +140,27 @@ def test_the_regression_is_the_weighted_one_near_the_threshold() -> None:
     design = np.column_stack([x, np.ones(len(x))])
     normal = np.linalg.solve(design.T @ (design * weights[:, None]), design.T @ (weights * y))
     np.testing.assert_allclose(estimator.weights, normal, rtol=1e-6, atol=1e-9)
-    residual = y - design @ normal
     near = np.argsort(np.abs(y - 0.3))[: max(200, len(y) // 4)]
-    assert estimator.shortfall == pytest.approx(residual[near].max(), rel=1e-6)
+    gram, moment = design.T @ (design * weights[:, None]), design.T @ (weights * y)
+    unseen = []
+    for row, weight, score in zip(design[near], weights[near], y[near], strict=True):  # fitted anew without it
+        others = np.linalg.solve(gram - weight * np.outer(row, row), moment - weight * row * score)
+        unseen.append(score - row @ others)
+    assert estimator.shortfall == pytest.approx(max(unseen), rel=1e-6)
+
+
+def test_the_margin_of_few_documents_is_of_those_that_the_fit_has_not_seen() -> None:
+    """Of as many documents as a regression has coefficients, it passes through all: they say nothing of the others."""
+    shortfalls = []
+    for seed in range(20):
+        field = Field(40, 0.02, seed=seed)
+        field.measured["usable"][:] = True
+        field.known[:8] = field.truth[:8]
+        estimator = fit(field.parts, "features", 0, 0.15, np.uint64(0))
+        assert estimator is not None
+        missed = (field.truth - estimator(field.measured["features-0"]))[8:].max()
+        shortfalls.append(missed <= 2 * estimator.shortfall)
+    assert sum(shortfalls) >= 12
 
 
 def test_the_sample_does_not_depend_on_the_order() -> None:
