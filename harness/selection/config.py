@@ -126,7 +126,7 @@ class RacingSection(Section):
     headroom: float = Field(1.5, ge=1)
     """How many times the budget is scored on all targets at first."""
 
-    margin: float = Field(2.0, ge=1)
+    margin: float = Field(1.5, ge=1)
     """A document is out of the race where its estimate falls short of the last chosen score by more than this many
     times the largest shortfall of an estimate that was seen near there."""
 
