@@ -108,8 +108,15 @@ def _choice(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def _add_targets(page: Page, summary: Mapping[str, Any]) -> None:
     thresholds = summary["thresholds"]
+    total = sum(target["share"] for target in summary["targets"])
     rows = [
-        [target["name"], target["documents"], target["bytes"], 100 * target["share"], thresholds.get(target["name"])]
+        [
+            target["name"],
+            target["documents"],
+            target["bytes"],
+            100 * target["share"] / total,
+            thresholds.get(target["name"]),
+        ]
         for target in summary["targets"]
     ]
     columns = ["target", "documents", "bytes", "share of the budget, %", "lowest chosen score"]

@@ -8,6 +8,9 @@ With C(z) = len(gzip.compress(z, level)), x a document, y a target and ⊕ for o
 - `coverage`: I / min(C(x), C(y)), the share of the smaller text that is in the other.
 - `gain`: how much smaller a document becomes behind a sample of the targets.
 
+In these two a document counts as SMALL bytes at least: of a few words all is in any text, and what a compressor adds to
+each text (20 bytes in gzip's case) would count as shared.
+
 deflate sees 32 KiB back: of a longer document only the last 32 KiB can share anything with a target behind it.
 
 These are the plain functions, over whole documents; methods.py has the same scores over other compressors, windows and
@@ -25,6 +28,8 @@ import numpy as np
 from .codecs import Codec
 from .targets import Targets, encode
 
+SMALL = 200
+"""Compressed bytes that a document counts as at least: some 300 to 400 of text."""
 PAIRS_A_BATCH = 1 << 16
 DOCUMENTS_A_BATCH = 64
 
@@ -46,7 +51,8 @@ def ncd_alignment(
 
 
 def coverage(sources: Iterable[bytes | str], targets: Targets | Iterable[bytes | str], level: int = 9) -> np.ndarray:
-    """Mean over the targets of I(x, y) / min(C(x), C(y)): float64 [sources]; like `ncd_alignment` in all else."""
+    """Mean over the targets of I(x, y) / min(max(C(x), SMALL), C(y)): float64 [sources]; like `ncd_alignment` in all
+    else."""
     return _over_pairs("coverage", sources, targets, level)
 
 
@@ -56,7 +62,7 @@ def gain(
     level: int = 9,
     context_bytes: int = 30_000,
 ) -> np.ndarray:
-    """1 − C(x given W) / C(x), with C(x given W) = C(W⊕x) − C(W): float64 [sources].
+    """(C(x) − C(x given W)) / max(C(x), SMALL), with C(x given W) = C(W⊕x) − C(W): float64 [sources].
 
     W is the beginning of all targets, one behind the other, `context_bytes` long at most: with deflate's 32 KiB there
     is no use in more, and a document loses sight of it from its own 32 KiB on. Raises what `ncd_alignment` does.
@@ -66,13 +72,13 @@ def gain(
 
 
 def pair_terms(method: str, cx: np.ndarray, cy: np.ndarray, cxy: np.ndarray) -> np.ndarray:
-    """What is averaged over the targets: NCD(x, y) for ncd, I / min(C(x), C(y)) for coverage: float64.
+    """What is averaged over the targets: NCD(x, y) for ncd, I / min(max(C(x), SMALL), C(y)) for coverage: float64.
 
     `cx`, `cy` and `cxy` are sizes in bytes, int64, of shapes that go together.
     """
     if method == "ncd":
         return (cxy - np.minimum(cx, cy)) / np.maximum(cx, cy)
-    return (cx + cy - cxy) / np.minimum(cx, cy)
+    return (cx + cy - cxy) / np.minimum(np.maximum(cx, SMALL), cy)
 
 
 def pair_scores(
@@ -94,7 +100,9 @@ def gains(codec: Codec, texts: list[bytes], context: bytes) -> np.ndarray:
         return np.empty(0)
     # The context comes first here, so the texts are what follows it.
     alone, behind = codec.pair_sizes([context], Targets(texts))
-    return 1 - (behind[0] - alone[0]) / codec.sizes(texts)
+    sizes = codec.sizes(texts)
+    counted = np.maximum(sizes, SMALL)
+    return 1 - (behind[0] - alone[0] + counted - sizes) / counted
 
 
 def exact_mean(terms: np.ndarray) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import resource
 import shutil
 import time
@@ -24,6 +25,8 @@ from .record import MACHINERY, describe, summarize
 from .repeats import find_exact_repeats
 from .report import write_report
 from .work import MEASURE, WRITING, Arrays, read_json, save_arrays, views, write_json
+
+logger = logging.getLogger("harness.selection")
 
 WORTH_A_PROCESS = 200
 """Documents that one process is done with before others have started."""
@@ -126,6 +129,10 @@ def _select(job: Job, executor: Executor, progress: Progress) -> dict[str, Any]:
     _publish(job)
     write_json(job.folder / SELECTION_RECORD, describe(job, choice))
     summary = summarize(job, choice)
+    if not summary["chosen"]["documents"]:
+        logger.warning(
+            "nothing was chosen: the budget is less than the best document, or no score reaches the threshold"
+        )
     progress.say(
         f"chose {summary['chosen']['documents']:,} of {summary['pool']['documents']:,} documents, "
         f"{summary['chosen']['bytes']:,} bytes, into {job.folder / CHOSEN}"

@@ -94,7 +94,9 @@ class WorkFolder:
         found = read_json(file)
         if found is not None:
             difference = next((key for key in wanted if found.get(key) != wanted[key]), None)
-            if difference is not None:
+            if difference is not None and not any((path / MEASURE).glob("shard-*/*")):
+                write_json(file, wanted)  # it ended before it had a score
+            elif difference is not None:
                 raise HarnessError(
                     f"{path}: holds the scores of another selection ({difference} differs); choose another "
                     "output.work, or delete the folder"

@@ -53,13 +53,7 @@ def map_in_processes(
 
     def finish() -> tuple[Batch, Result]:
         batch, future = waiting.popleft()
-        try:
-            return batch, future.result()
-        except BrokenProcessPool:
-            raise HarnessError(
-                f"a worker process ended early (out of memory, or started from a script without "
-                f"`if __name__ == '__main__':`); set {setting} lower, 1 for none"
-            ) from None
+        return batch, future.result()
 
     try:
         for batch, argument in batches:
@@ -68,6 +62,11 @@ def map_in_processes(
                 yield finish()
         while waiting:
             yield finish()
+    except BrokenProcessPool:  # which shows at a result, or as the next batch is handed over
+        raise HarnessError(
+            f"a worker process ended early (out of memory, or started from a script without "
+            f"`if __name__ == '__main__':`); set {setting} lower, 1 for none"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

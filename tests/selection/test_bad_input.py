@@ -319,3 +319,17 @@ def test_a_line_that_changes_unseen(place: Place, monkeypatch: pytest.MonkeyPatc
     said = place.refused("leaks.remove=false")
     assert re.fullmatch(r"\{t}/in/good.jsonl: line \d+: was scored, and now not valid JSON \(.*\)", said)
     assert not (place.folder / "out" / "chosen").exists()
+
+
+def test_a_folder_without_a_score_is_no_other_selections(place: Place) -> None:
+    """Whoever follows the advice of the first error does not get another one for it."""
+    broken = place.folder / "in" / "broken.jsonl"
+    broken.write_text("{\n")
+    said = place.refused()
+    assert "set pool.on_error=skip" in said
+    assert place.run("pool.on_error=skip") == 0
+
+
+def test_nothing_chosen_is_said(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    assert place.run("budget.documents=null", "budget.threshold=99") == 0
+    assert "nothing was chosen" in "".join(capsys.readouterr())

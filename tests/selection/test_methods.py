@@ -31,9 +31,10 @@ def naive_score(method: str, compressor: Compressor, x: bytes, targets: list[byt
 
     if method == "gain":
         context = b"".join(targets)[:context_bytes]
-        return 1 - (c(context + x) - c(context)) / c(x)
+        counted = max(c(x), 200)
+        return 1 - (c(context + x) - c(context) + counted - c(x)) / counted
     if method == "coverage":
-        return math.fsum((c(x) + c(y) - c(x + y)) / min(c(x), c(y)) for y in targets) / len(targets)
+        return math.fsum((c(x) + c(y) - c(x + y)) / min(max(c(x), 200), c(y)) for y in targets) / len(targets)
     return 1 - math.fsum((c(x + y) - min(c(x), c(y))) / max(c(x), c(y)) for y in targets) / len(targets)
 
 

@@ -28,7 +28,8 @@ def naive_alignment(x: bytes, targets: list[bytes], level: int) -> float:
 
 
 def naive_coverage(x: bytes, targets: list[bytes], level: int) -> float:
-    shares = [(c(x, level) + c(y, level) - c(x + y, level)) / min(c(x, level), c(y, level)) for y in targets]
+    counted = max(c(x, level), 200)
+    shares = [(c(x, level) + c(y, level) - c(x + y, level)) / min(counted, c(y, level)) for y in targets]
     return sum(shares) / len(shares)
 
 
@@ -52,7 +53,7 @@ def test_gain() -> None:
     r = random.Random(seed)
     sources, targets = draw(r, 150), [CODE[i : i + 700] for i in range(0, 60_000, 700)]
     context = b"".join(targets)[:20_000]
-    expected = [1 - (c(context + x, 6) - c(context, 6)) / c(x, 6) for x in sources]
+    expected = [(c(x, 6) - c(context + x, 6) + c(context, 6)) / max(c(x, 6), 200) for x in sources]
     np.testing.assert_allclose(gain(sources, targets, 6, 20_000), expected, rtol=0, atol=1e-14, err_msg=str(seed))
 
 
@@ -80,3 +81,12 @@ def test_inputs() -> None:
             score(["a"], targets, 0)
         with pytest.raises(HarnessError, match="lone surrogate"):
             score(["a\udc00"], targets)
+
+
+def test_a_few_words_are_like_no_target() -> None:
+    """All of them is in any text, and more than half of their compressed bytes are the compressor's own."""
+    targets = [CODE[i : i + 900] for i in range(0, 27_000, 900)]
+    tiny = [b"a", b"it!", b"return", b"self.x = x", b"import os, sys"]
+    real = [CODE[i : i + 2_000] for i in range(40_000, 60_000, 2_000)]
+    for score in (coverage, gain):
+        assert max(score(tiny, targets)) < min(score(real, targets))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,7 +38,7 @@ def work(number: int) -> str:
     return f"{_started} {number} {os.getpid()}"
 
 
-def run(numbers: list[int]) -> list[tuple[str, str]]:
+def run(numbers: Iterable[int]) -> list[tuple[str, str]]:
     batches = ((f"batch {number}", number) for number in numbers)
     return list(map_in_processes(batches, work, 2, begin, ("hello",), setting="some.workers"))
 
@@ -53,9 +56,20 @@ def test_what_a_process_raises_is_raised() -> None:
         run([1, 2, 13, 4])
 
 
-def test_a_process_that_dies_ends_the_work() -> None:
+@pytest.mark.parametrize("seen", ["as a batch is handed over", "at a result"])
+def test_a_process_that_dies_ends_the_work(seen: str) -> None:
+    def numbers() -> Iterator[int]:
+        yield from (1, 99)
+        if seen == "at a result":
+            return
+        end = time.monotonic() + BOUND_SECONDS
+        while multiprocessing.active_children():  # the others are ended too
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        yield 20
+
     with pytest.raises(HarnessError, match=r"a worker process ended early .* set some.workers lower, 1 for none"):
-        run([1, 99, *range(20, 40)])
+        run(numbers())
 
 
 def test_a_script_without_a_guard_is_told(tmp_path: Path) -> None:
