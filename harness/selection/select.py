@@ -90,6 +90,8 @@ def select(settings: SelectSettings, *, progress: Progress | None = None) -> dic
     refuse_other(folder, settings)
     try:
         with locked(folder, "selecting", "choose another output.folder"), _locked_work(settings):
+            for left in folder.glob(f"{WRITING}*"):  # of selection.json or a report, by a process that was killed
+                left.unlink(missing_ok=True)
             job = Job(settings)
             summary = _select(job, executor, progress)
             wall, cpu = time.perf_counter() - started[0], _cpu_seconds() - started[1]
