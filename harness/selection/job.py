@@ -13,16 +13,13 @@ from harness.text import CHOSEN, Progress
 
 from .config import SelectSettings
 from .kept import KeptRecords
+from .outputs import REJECTED
 from .passes import Pass
 from .pool import Pool, Shard
 from .tasks import Worker
 from .tokens import stamp_of
 from .work import WorkFolder
 from .writer import Decision, write_shard
-
-REJECTED = "rejected"
-WRITTEN = [f"{prefix}{kind}" for kind in (CHOSEN, REJECTED) for prefix in ("", ".partial-", ".old-")]
-"""Folders of a selection with documents."""
 
 
 def work_folder(settings: SelectSettings) -> Path:
@@ -37,7 +34,7 @@ class Job:
     def __init__(self, settings: SelectSettings) -> None:
         self.settings = settings
         self.folder = Path(settings.output.folder).expanduser()
-        self.pool = Pool(settings.pool, [work_folder(settings), *(self.folder / name for name in WRITTEN)])
+        self.pool = Pool(settings.pool, [work_folder(settings), self.folder])
         self.worker = Worker(settings)
         self.targets = self.worker.targets
         self.work = WorkFolder(work_folder(settings), self._state(), self._inspection(self.worker.forbidden))

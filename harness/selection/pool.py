@@ -14,6 +14,7 @@ from harness.text import Content, Problem, SourceFile, TextSource, Unusable, fin
 
 from .config import PoolSection
 from .documents import Unit
+from .outputs import Outputs
 
 FILES_A_SHARD = 2000
 """Files that are scored together, at most."""
@@ -71,13 +72,27 @@ class Pool:
     """The files of a pool, in the order of their paths."""
 
     def __init__(self, section: PoolSection, without: Sequence[Path] = ()) -> None:
-        """Without what lies in the folders `without`: what a selection writes is not what it chooses from."""
+        """Without what lies in the folders `without`, the selection's own, or in another's that `source` does not ask
+        for: see outputs.py. HarnessError where that is all."""
         self.section = section
-        own = tuple(f"{os.path.abspath(folder)}{os.sep}" for folder in without)
-        found = {_absolute(file): file for file in find_files(section)}  # once, however often it is named
-        files = [file for path, file in found.items() if not str(path).startswith(own)]
+        self.left_out = ""
+        """What was left out and why, in a line; empty where nothing was."""
+        outputs = Outputs(section, without)
+        found = {_absolute(file): file for file in find_files(section)}.values()  # once, however often it is named
+        others = [file for file in found if not outputs.is_own(file)]
+        folders = {file.path: outputs.selection_of(file) for file in others}
+        files = [file for file in others if folders[file.path] is None]
+        parts = []
+        if len(others) < len(found):
+            parts.append(f"{len(found) - len(others):,} in this selection's own folders")
+        if len(files) < len(others):
+            first, *more = sorted({folder for folder in folders.values() if folder is not None})
+            which = f"{first} and {len(more):,} more" if more else first
+            parts.append(f"{len(others) - len(files):,} written by other selections ({which}; name its chosen/ to have it)")
+        if parts:
+            self.left_out = f"{section.label}: left out of {len(found):,} files: {', '.join(parts)}"
         if not files:
-            raise HarnessError(f"{section.label}: all {len(found)} files lie in the selection's own folders")
+            raise HarnessError(f"{self.left_out}; that is all, so choose another pool.source or output.folder")
         self.root = Path(os.path.commonpath([_absolute(file).parent for file in files]))
         """The folder that names are relative to."""
         self._names: dict[Path, str] = {}

@@ -20,7 +20,8 @@ from harness.text import CHOSEN, SELECTION_RECORD, Progress, choose_workers
 
 from .choice import Choice
 from .config import SelectSettings
-from .job import REJECTED, Job, work_folder
+from .job import Job, work_folder
+from .outputs import REJECTED
 from .record import MACHINERY, describe, summarize
 from .repeats import find_exact_repeats
 from .report import write_report
@@ -111,6 +112,8 @@ def _locked_work(settings: SelectSettings) -> AbstractContextManager[None]:
 
 
 def _select(job: Job, executor: Executor, progress: Progress) -> dict[str, Any]:
+    if job.pool.left_out:
+        logger.info(job.pool.left_out)
     shards = len(job.shards)
     executor.run_pass(job, MEASURE, "measure")
     repeated = _repeats(job)

@@ -4,7 +4,7 @@ What trains, selects and evaluates reads text the same way. Read source.py first
 then records.py (what a file's records are). Light: nothing here imports torch.
 """
 
-from .files import SourceFile, find_files
+from .files import SourceFile, expand, find_files
 from .progress import Progress
 from .records import (
     PARQUET_ROWS,
@@ -37,6 +37,7 @@ __all__ = [
     "Unusable",
     "available_cores",
     "choose_workers",
+    "expand",
     "fields_of_line",
     "find_files",
     "import_parquet",

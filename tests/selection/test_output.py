@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from harness.config import HarnessError
 from harness.selection import select
 from tests.selection.pools import (
     QUIET,
@@ -187,3 +189,41 @@ def test_where_files_lie(pool: Prepared, tmp_path: Path, monkeypatch: pytest.Mon
         assert set(chosen_ids(Path("out"))) == pool.chosen
         results.append(result_of(Path("out")))
     assert results[0] == results[1]
+
+
+def test_no_selection_chooses_from_what_selections_wrote(
+    pool: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not its own records and pages either, by whatever way they are found, and of others only what is asked for."""
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO", "harness.selection")
+    data = tmp_path / "data"
+    write_lines(data / "a.jsonl", [line_of(pool.r, document) for document in pool.documents])
+    (tmp_path / "link").symlink_to(data)
+    targets = pool.write_targets(tmp_path)
+
+    def choose(source: str, folder: str, work: str | None = None) -> dict[str, Any]:
+        section = {"source": [source], "suffixes": [".jsonl", ".html"], "id_field": "id"}
+        caplog.clear()
+        output = {"folder": folder, "work": work, "score_field": "alike" if folder == "deep" else "score"}
+        return select(settings_of(section, targets, "", budget={"documents": 25}, output=output), progress=QUIET)
+
+    assert choose("data", "data/one")["pool"]["files"] == 1
+    assert "left out" not in caplog.text
+    whole = result_of(data / "one")
+    for source in ("link", "data", "data/**/*.jsonl"):
+        assert choose(source, "data/one" if source == "data" else f"of-{len(source)}")["pool"]["files"] == 1
+        [line] = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+        other = source != "data"
+        assert ("written by other selections" in line) == other
+        assert ("in this selection's own folders" in line) == (not other)
+        assert (str((data / "one").resolve()) in line) == other
+    assert result_of(data / "one") == whole
+    assert choose("link", "data/two", "data/scores")["pool"]["files"] == 1
+    assert choose("link", "data/two", "data/scores")["pool"]["files"] == 1
+    for source in ("data/one/chosen", "data/*/chosen/*.jsonl"):
+        shutil.rmtree("deep", ignore_errors=True)
+        assert choose(source, "deep")["pool"]["files"] == 1 + ("*" in source)
+        assert "left out" not in caplog.text
+    with pytest.raises(HarnessError, match=r"left out of \d files: \d in this selection's own folders; that is all"):
+        choose("data", "data")
