@@ -9,6 +9,10 @@ from harness.text import Content, Unusable, fields_of_line, text_of
 from .config import PoolSection
 
 
+NO_GROUP = "(none)"
+"""What a document is counted under that does not say its group."""
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
     """One record on its way to a worker: what it holds, and what it is called where it does not say."""
@@ -24,25 +28,23 @@ class Document:
 
     text: str | Unusable
     id: str
+    """Its own, or what it is called without one."""
+    has_id: bool
+    """Whether the id is its own."""
     group: str
 
 
 def read_document(unit: Unit, pool: PoolSection) -> Document:
-    """Text, id and group by the fields that the pool names."""
+    """Text, id and group by the fields that the pool names. Without an id of its own, or with null, a document is called
+    by its file and place; without a group, or with a blank one, it is counted under NO_GROUP."""
     fields = fields_of_line(unit.content, pool) if isinstance(unit.content, bytes) else unit.content
     named = fields if isinstance(fields, dict) else {}
-    return Document(
-        fields if isinstance(fields, Unusable) else _text_of(fields, pool),
-        unit.id if pool.id_field is None else str(named.get(pool.id_field, "")),
-        unit.group if pool.group_field is None else str(named.get(pool.group_field, "")),
-    )
+    own = None if pool.id_field is None else named.get(pool.id_field)
+    text = fields if isinstance(fields, Unusable) else text_of(fields, pool)
+    group = unit.group if pool.group_field is None else _group_of(named.get(pool.group_field))
+    return Document(text, unit.id if own is None else str(own), own is not None, group)
 
 
-def _text_of(fields: Content, pool: PoolSection) -> str | Unusable:
-    """The text of a record, which has to have an id too where the pool names one."""
-    if isinstance(fields, dict) and pool.id_field is not None and fields.get(pool.id_field) is None:
-        if pool.id_field in fields:
-            return Unusable(f"{pool.id_field!r} (id_field) should name the document, found null")
-        names = ", ".join(map(repr, list(fields)[:10])) or "none"
-        return Unusable(f"has no key {pool.id_field!r} (id_field); its keys are {names}")
-    return text_of(fields, pool)
+def _group_of(value: object) -> str:
+    name = "" if value is None else str(value)
+    return name if name.strip() else NO_GROUP

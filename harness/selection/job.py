@@ -49,7 +49,7 @@ class Job:
         """All that scores depend on."""
         settings = self.settings
         return {
-            "format": 2,
+            "format": 3,
             "pool": settings.pool.model_dump(mode="json", exclude={"source", "exclude", "suffixes"}),
             "files": [[self.pool.name(file), file.size, file.modified_ns] for file in self.pool.files],
             "targets": [digest_of(targets) for targets in self.targets],

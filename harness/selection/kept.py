@@ -203,9 +203,11 @@ def _blocks(file: KeptFile) -> Iterator[tuple[np.ndarray, list[bytes]]]:
 
 
 def _packed(content: Content) -> bytes:
-    """A line of jsonl as it is, text in UTF-8, a row of parquet as JSON with all that is no text as it is shown."""
+    """A line of jsonl as it is, text in UTF-8, a row of parquet as JSON with all that is no text, or null, as it is
+    shown."""
     if isinstance(content, dict):
-        content = json.dumps({name: value if isinstance(value, str) else str(value) for name, value in content.items()})
+        shown = {key: value if value is None or isinstance(value, str) else str(value) for key, value in content.items()}
+        content = json.dumps(shown)
     return content.encode() if isinstance(content, str) else content
 
 

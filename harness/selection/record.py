@@ -123,7 +123,7 @@ class _Tally:
         self.chosen_by_target = [0] * count
         self.pool: dict[str, Any] = {
             "files": len(job.pool.files), "documents": 0, "bytes": 0, "tokens": None, "empty": 0,
-            "duplicates_exact": 0,
+            "duplicates_exact": 0, "without_id": 0,
         }  # fmt: skip
         self.pairs = {"evaluated": 0, "all": 0}
         self._sources: dict[str, list[int]] = {}
@@ -139,6 +139,8 @@ class _Tally:
             for problem in (job.work.facts(MEASURE, shard.number) or {})["unreadable"]:
                 self._count_reason(problem)
         self.pool["skipped"] = self._reasons
+        if job.settings.pool.id_field is None:
+            self.pool["without_id"] = None  # nobody asked
 
     def _add(self, view: View) -> None:
         measured, chosen = view.measured, self._choice.chosen(view)
@@ -149,6 +151,7 @@ class _Tally:
         self.pool["bytes"] += int(size[usable].sum())
         self.pool["empty"] += int((~usable & ~measured["unusable"]).sum())
         self.pool["duplicates_exact"] += int((usable & ~view.eligible).sum())
+        self.pool["without_id"] += int((usable & ~measured["has_id"]).sum())
         for reason in measured["reasons"]:
             self._count_reason(str(reason))
         self.chosen["documents"] += int(taken.sum())
@@ -200,8 +203,9 @@ class _Tally:
         self._reasons[reason] = self._reasons.get(reason, 0) + 1
 
     def by_source(self) -> list[dict[str, Any]]:
-        """Sources, those with most chosen bytes first."""
-        ordered = sorted(self._sources.items(), key=lambda item: (-item[1][3], -item[1][1], item[0]))
+        """Sources with documents, those with most chosen bytes first."""
+        found = [(name, counts) for name, counts in self._sources.items() if counts[0]]
+        ordered = sorted(found, key=lambda item: (-item[1][3], -item[1][1], item[0]))
         names = ("documents", "bytes", "chosen", "chosen_bytes")
         return [{"source": name, **dict(zip(names, counts, strict=True))} for name, counts in ordered]
 

@@ -31,7 +31,7 @@ def write_report(folder: Path, summary: Mapping[str, Any]) -> None:
     - budget: {unit: documents | tokens | bytes | threshold, wanted, chosen}, in that unit; with threshold, wanted
       is the score and chosen the documents
     - pool: files, documents, bytes, tokens, empty, skipped ({reason: count}), duplicates_exact, duplicates_near, leaks
-      (documents that contain a target)
+      (documents that contain a target), without_id (null where no id_field is set)
     - chosen: documents, bytes, tokens
     - thresholds: {target: lowest score that is chosen}
     - histogram: {target: {edges (one more than there are bins), documents, chosen}}
@@ -133,6 +133,7 @@ def _pool(pool: Mapping[str, Any]) -> dict[str, Any]:
         "exact duplicates": pool["duplicates_exact"],
         "near duplicates": pool["duplicates_near"],
         "documents with a target inside": pool["leaks"],
+        **({} if pool.get("without_id") is None else {"documents without an id": pool["without_id"]}),
     }
 
 

@@ -134,6 +134,11 @@ def _select(job: Job, executor: Executor, progress: Progress) -> dict[str, Any]:
     _publish(job)
     write_json(job.folder / SELECTION_RECORD, describe(job, choice))
     summary = summarize(job, choice)
+    if summary["pool"]["without_id"]:
+        logger.warning(
+            "%d of %d documents have no %r (pool.id_field), or null: they are called by their file and place",
+            summary["pool"]["without_id"], summary["pool"]["documents"], job.settings.pool.id_field,
+        )  # fmt: skip
     if not summary["chosen"]["documents"]:
         logger.warning(
             "nothing was chosen: the budget is less than the best document, or no score reaches the threshold"
@@ -216,7 +221,7 @@ def refuse_other(folder: Path, settings: SelectSettings) -> None:
     difference = next((key for key in now if found.get(key) != now[key]), None)
     if difference is not None:
         raise HarnessError(
-            f"{folder}: has a finished selection by other settings ({difference} differs); choose another "
+            f"{folder}: has a finished selection by other settings (they differ in {difference}); choose another "
             f"output.folder (with output.work={settings.output.work or folder / 'work'} its scores are used again)"
         )
 

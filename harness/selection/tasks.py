@@ -92,6 +92,7 @@ class Worker:
             "bytes": np.array([len(text) for text in texts], dtype=np.int64),
             "digest": _digests(texts, 16),
             "id_digest": _digests((document.id.encode(errors="surrogatepass") for document in documents), 8)[:, 0],
+            "has_id": np.array([document.has_id for document in documents], dtype=bool),
             "group": np.array([document.group for document in documents], dtype=np.str_),
         }
         scored = [text for text, good in zip(texts, usable, strict=True) if good]

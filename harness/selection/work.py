@@ -98,7 +98,7 @@ class WorkFolder:
                 write_json(file, wanted)  # it ended before it had a score
             elif difference is not None:
                 raise HarnessError(
-                    f"{path}: holds the scores of another selection ({difference} differs); choose another "
+                    f"{path}: holds the scores of another selection (it differs in {difference}); choose another "
                     "output.work, or delete the folder"
                 )
         else:

@@ -65,7 +65,8 @@ def read_records(
 ) -> Iterator[Record | Problem]:
     """The records of a file in order, with a Problem where one, or what follows, cannot be read.
 
-    `advance` is told how many bytes were taken from disk. `columns` are read of parquet beside the text's own. `wanted`
+    `advance` is told how many bytes were taken from disk. `columns` are read of parquet beside the text's own, where a
+    file has them. `wanted`
     says of records by their index which to give; reading ends with the last of them.
     """
     if file.format == "text":
@@ -200,13 +201,14 @@ def _read_parquet(
     import pyarrow
 
     row, index = 0, -1
-    names = list(dict.fromkeys([*source.text_fields, *columns]))
     try:
         with parquet.ParquetFile(file.path) as table:
-            wrong = _wrong_columns(table, source, names)
+            wrong = _wrong_columns(table, source)
             if wrong is not None:
                 yield Problem(file.path, "", wrong)
                 return
+            extra = [name for name in columns if name in table.schema_arrow.names]
+            names = list(dict.fromkeys([*source.text_fields, *extra]))
             for batch in table.iter_batches(PARQUET_ROWS, columns=names):
                 held = [batch.column(name) for name in names]  # `columns` may come in the file's own order
                 for offset in range(len(batch)):
@@ -221,14 +223,13 @@ def _read_parquet(
         yield Problem(file.path, place, f"cannot be read as parquet ({' '.join(str(error).split())[:200]})")
 
 
-def _wrong_columns(table: Any, source: TextSource, names: list[str]) -> str | None:
+def _wrong_columns(table: Any, source: TextSource) -> str | None:
     kinds = {field.name: str(field.type) for field in table.schema_arrow}
-    for name in names:
+    for name in source.text_fields:
         if name not in kinds:
             found = ", ".join(map(repr, list(kinds)[:10])) or "none"
-            key = "text_field" if name in source.text_fields else "id_field"
-            return f"has no column {name!r} ({key}); its columns are {found}"
-        if name in source.text_fields and kinds[name] not in ("string", "large_string", "string_view"):
+            return f"has no column {name!r} (text_field); its columns are {found}"
+        if kinds[name] not in ("string", "large_string", "string_view"):
             return f"column {name!r} should hold text, it holds {kinds[name]}"
     return "is empty: it has no rows" if table.metadata.num_rows == 0 else None
 

@@ -95,8 +95,6 @@ def place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Place:
 # A file of the pool, what the line says after `pool: {t}/in/FILE: `, and how many documents `skip` leaves of it.
 FILES: list[tuple[str, bytes | Callable[[], bytes], str, int]] = [
     ("a.jsonl", ROW + b'{"id": 1, "body": "x"}\n', "line 2: has no key 'text' (text_field); its keys are 'id'", 1),
-    ("a.jsonl", b'{"text": "x"}\n' + ROW, "line 1: has no key 'id' (id_field); its keys are 'text'", 1),
-    ("a.jsonl", b'{"text": "x", "id": null}\n', "line 1: 'id' (id_field) should name the document, found null", 0),
     ("a.jsonl", ROW + b'{"id": 1, "text": "cut o', "line 2: not valid JSON (Unterminated string starting", 1),
     ("a.jsonl", ROW + b'{"id": 1, "text": "\xff"}\n' + ROW, "line 2: not UTF-8: byte 0xff (invalid start byte)", 1),
     ("a.jsonl", b'{"id": 1, "text": "\\ud83d"}\n', "line 1: the text holds half a surrogate pair, \\ud83d, whi", 0),
@@ -107,8 +105,6 @@ FILES: list[tuple[str, bytes | Callable[[], bytes], str, int]] = [
     ("a.jsonl.gz", ROW, "line 1: the gzip stream is corrupt here, what follows is lost (Not a gzipped file", 0),
     ("a.jsonl.zst", lambda: packed(zstandard.compress)[:-9], "line 1: the zstd stream is truncated here, what fol", 0),
     ("a.parquet", lambda: parquet({"id": ["x"], "body": ["y"]}), "has no column 'text' (text_field); its colum", 0),
-    ("a.parquet", lambda: parquet({"text": ["y"]}), "has no column 'id' (id_field); its columns are 'text'", 0),
-    ("a.parquet", lambda: parquet({"id": [None, "x"], "text": ["y", "z"]}), "row 1: 'id' (id_field) should n", 1),
     ("a.parquet", lambda: parquet({"id": ["x"], "text": ["y"]})[:-30], "cannot be read as parquet (", 0),
 ]  # fmt: skip
 
@@ -194,7 +190,7 @@ def test_folders_of_other_selections(place: Place) -> None:
     before = result_of(place.folder / "out")
     said = place.refused("budget.documents=6")
     assert said == (
-        "{t}/out: has a finished selection by other settings (budget differs); choose another output.folder (with "
+        "{t}/out: has a finished selection by other settings (they differ in budget); choose another output.folder (with "
         "output.work={t}/out/work its scores are used again)"
     )
     other = f"output.folder={place.folder}/other", f"output.work={place.folder}/out/work"
@@ -207,10 +203,10 @@ def test_folders_of_other_selections(place: Place) -> None:
         ("racing.exact=true", "exact"),
     ]:
         said = place.refused(*third, override)
-        assert said.startswith(f"{{t}}/out/work: holds the scores of another selection ({key} differs); choose another")
+        assert said.startswith(f"{{t}}/out/work: holds the scores of another selection (it differs in {key}); choose another")
     with (place.folder / "in" / "good.jsonl").open("ab") as file:
         file.write(ROW)
-    assert "holds the scores of another selection (files differs)" in place.refused(*third)
+    assert "holds the scores of another selection (it differs in files)" in place.refused(*third)
     assert result_of(place.folder / "out") == before
     (place.folder / "out" / "selection.json").write_text("{")
     assert place.refused().startswith("{t}/out/selection.json: is damaged; choose another output.folder, or delete")

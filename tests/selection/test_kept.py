@@ -100,7 +100,10 @@ class Shard:
         self.rounds = 0
 
     def draw(self, share: float) -> np.ndarray:
-        return np.array([self.r.random() < share for _ in self.all])
+        """At least one record."""
+        drawn = np.array([self.r.random() < share for _ in self.all])
+        drawn[self.r.randrange(len(drawn))] |= not drawn.any()
+        return drawn
 
     def kept(self) -> KeptRecords:
         return KeptRecords(self.pool, self.work, self.shard)

@@ -131,3 +131,55 @@ def test_many_small_files(tmp_path: Path) -> None:
     expected = Truth(documents, targets).take(7)
     assert set(chosen_ids(tmp_path / "out")) == expected
     assert {file.name for file in (tmp_path / "out" / "chosen").iterdir()} == {f"{name}.jsonl.gz" for name in expected}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_ids_and_groups_are_optional(
+    tmp_path: Path, kind: str, kept: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A document without one, or with null, is called by its place; one without a group has a row that says so. Also
+    where the working folder has kept the records."""
+    if kept:
+        monkeypatch.setattr("harness.selection.kept.SMALL_SHARD_BYTES", 0)
+        monkeypatch.setattr("harness.selection.kept.KEPT_SHARE", 1)
+    r = random.Random()
+    extra: list[dict[str, Any]] = [
+        {"id": None, "group": None}, {}, {"id": "mine", "group": "web"}, {"id": 7, "group": " "},
+        {"id": "", "group": ""}, {"id": None, "group": "web"},
+    ]  # fmt: skip
+    records = [{"text": words(r, 40), "id": None, "group": None} | fields for fields in extra]
+    names = [f"pool.{kind}:1", f"pool.{kind}:2", "mine", "7", "", f"pool.{kind}:6"]
+    if kind == "jsonl":
+        lines = [{"text": record["text"], **fields} for record, fields in zip(records, extra, strict=True)]
+        lines.append({"text": "", "group": "nothing but empty"})
+        file = write_lines(tmp_path / "pool.jsonl", [json.dumps(line).encode() + b"\n" for line in [*lines, 5]])
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        import pyarrow.parquet as parquet
+
+        file = tmp_path / "pool.parquet"
+        shown = [record | {"id": None if record["id"] is None else str(record["id"])} for record in records]
+        parquet.write_table(pyarrow.Table.from_pylist([*shown, {"text": "", "group": "nothing but empty"}]), file)
+    targets = write_lines(tmp_path / "targets.jsonl", rows(draw_targets(r, 2)))
+    section = {"source": [str(file)], "id_field": "id", "group_field": "group", "on_error": "skip"}
+    settings = settings_of(section, targets, tmp_path / "out", budget={"documents": 6})
+    summary = select(settings, progress=QUIET)
+    assert sorted(row["id"] for row in summary["best"]) == sorted(names)
+    assert {row["id"]: row["source"] for row in summary["best"]}["mine"] == "web"
+    assert {row["source"]: row["documents"] for row in summary["by_source"]} == {"(none)": 4, "web": 2}
+    assert summary["pool"]["without_id"] == 3
+    assert "3 of 6 documents have no 'id' (pool.id_field), or null: they are called by their file" in caplog.text
+
+
+def test_a_parquet_file_without_the_columns_of_ids_and_groups(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    r = random.Random()
+    parquet.write_table(pyarrow.table({"text": [words(r, 30) for _ in range(5)]}), tmp_path / "a.parquet")
+    targets = write_lines(tmp_path / "targets.jsonl", rows(draw_targets(r, 2)))
+    section = {"source": [str(tmp_path / "a.parquet")], "id_field": "id", "group_field": "group"}
+    summary = select(settings_of(section, targets, tmp_path / "out", budget={"documents": 2}), progress=QUIET)
+    assert summary["pool"]["without_id"] == 5
+    assert [row["source"] for row in summary["by_source"]] == ["(none)"]
