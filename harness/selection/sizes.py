@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import importlib
 import logging
 import random
 import zlib
@@ -30,6 +31,7 @@ from .targets import Targets, check_level, joined
 
 logger = logging.getLogger("harness.selection")
 
+KERNEL = "harness.selection.deflate_sizes"
 GZIP_BYTES = 18
 """A gzip file's header and trailer."""
 MIN_LOOKAHEAD = 262
@@ -83,8 +85,9 @@ def current_implementation() -> Implementation:
     """The fastest implementation that gives this Python's own sizes; found and logged once in a process."""
     library = f"zlib {zlib.ZLIB_RUNTIME_VERSION}"
     against = []
-    if kernel() is None:
-        against.append("the native kernel was not built (its installation found no C compiler)")
+    module = _load_kernel()
+    if isinstance(module, ImportError):
+        against.append(_why_no_kernel(module))
     elif _agrees("native"):
         found = Implementation("native", f"it agrees with {library} on the inputs of the check")
         logger.info("compressed sizes by %s: %s", found.name, found.reason)
@@ -108,11 +111,25 @@ def _say_too_long() -> None:
 
 def kernel() -> ModuleType | None:
     """The native module, where it was built."""
+    module = _load_kernel()
+    return None if isinstance(module, ImportError) else module
+
+
+def _load_kernel() -> ModuleType | ImportError:
     try:
-        from . import deflate_sizes
-    except ImportError:
-        return None
-    return deflate_sizes
+        return importlib.import_module(KERNEL)
+    except ImportError as error:
+        return error
+
+
+def _why_no_kernel(error: ImportError) -> str:
+    """What is known: not why a kernel that is not there was not built."""
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            "the native kernel is not in this installation (`pip install -v` of harness compiles it, or says why it "
+            "cannot)"
+        )
+    return f"the native kernel is there but cannot be loaded ({' '.join(str(error).split())})"
 
 
 def _sizes_by_kernel(sources: Sequence[bytes], targets: Targets | None, level: int) -> tuple[np.ndarray, np.ndarray]:

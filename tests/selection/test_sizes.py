@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -205,10 +206,23 @@ def test_without_the_kernel_python_alone_gives_the_sizes(
     monkeypatch.setitem(sys.modules, "harness.selection.deflate_sizes", None)  # the import system's word for absent
     monkeypatch.delattr("harness.selection.deflate_sizes", raising=False)
     assert current_implementation().name == "zlib"
-    assert "was not built" in caplog.text
+    assert "the native kernel is not in this installation" in caplog.text
     source, target = CODE[:3_000], CODE[2_000:2_500]
     alone, together = compressed_sizes(source, Targets([target]), 9)
     assert (alone, together[0]) == (len(gzip.compress(source)), len(gzip.compress(source + target)))
+
+
+@pytest.mark.usefixtures("undecided")
+def test_a_kernel_that_cannot_be_loaded_says_what_the_system_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "deflate_sizes.abi3.so").write_bytes(b"of another machine")
+    monkeypatch.setattr("harness.selection.__path__", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "harness.selection.deflate_sizes", raising=False)
+    assert current_implementation().name == "zlib"
+    assert "the native kernel is there but cannot be loaded (" in caplog.text
+    assert "deflate_sizes.abi3.so: " in caplog.text
+    assert "compile" not in caplog.text
 
 
 @pytest.mark.parametrize("wanted", [2_000, 40_000])
