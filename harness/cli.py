@@ -316,9 +316,9 @@ def build_parser() -> argparse.ArgumentParser:
             _add_study_actions(command)
         elif verb is not doctor:
             also = ", a Hugging Face folder" if verb in (evaluate, generate, config) else ""
-            _add_target(
-                command, f"a YAML file, a run folder{also}, or the name of an embedded configuration: quickstart"
-            )
+            example = "selection" if verb is select else "quickstart"
+            folders = "" if verb is select else f", a run folder{also}"
+            _add_target(command, f"a YAML file{folders}, or the name of an embedded configuration: {example}")
         if verb is evaluate:
             command.add_argument(
                 "--data",

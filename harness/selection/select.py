@@ -8,19 +8,18 @@ import logging
 import resource
 import shutil
 import time
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from harness.config import HarnessError
-from harness.disk import locked
 from harness.text import CHOSEN, SELECTION_RECORD, Progress, choose_workers
 
 from .choice import Choice
 from .config import SelectSettings
-from .job import Job, work_folder
+from .folders import held
+from .job import Job
 from .outputs import REJECTED
 from .record import MACHINERY, describe, summarize
 from .repeats import find_exact_repeats
@@ -82,7 +81,8 @@ def select(settings: SelectSettings, *, progress: Progress | None = None) -> dic
 
     What an interrupted selection has done is kept and gone on from; the result is the same, byte for byte, as without
     an interruption, for any number of workers and any order of files. Raises HarnessError for what a user can put
-    right: no or unreadable text, a budget larger than the pool, a folder with another selection, a full disk.
+    right: no or unreadable text, a budget larger than the pool, a folder with another selection, a full disk. Then
+    nothing is left behind but scores that a further call can use.
     """
     started = time.perf_counter(), _cpu_seconds()
     progress = progress or Progress()
@@ -90,7 +90,7 @@ def select(settings: SelectSettings, *, progress: Progress | None = None) -> dic
     folder = Path(settings.output.folder).expanduser()
     refuse_other(folder, settings)
     try:
-        with locked(folder, "selecting", "choose another output.folder"), _locked_work(settings):
+        with held(settings):
             for left in folder.glob(f"{WRITING}*"):  # of selection.json or a report, by a process that was killed
                 left.unlink(missing_ok=True)
             job = Job(settings)
@@ -102,13 +102,6 @@ def select(settings: SelectSettings, *, progress: Progress | None = None) -> dic
     except OSError as error:
         raise HarnessError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
     return summary
-
-
-def _locked_work(settings: SelectSettings) -> AbstractContextManager[None]:
-    """Two selections may share their scores, one after the other."""
-    work, folder = work_folder(settings), Path(settings.output.folder).expanduser()
-    same = work.absolute() == folder.absolute()
-    return nullcontext() if same else locked(work, "selecting", "choose another output.work")
 
 
 def _select(job: Job, executor: Executor, progress: Progress) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from harness.disk import write_whole
 
 from .pool import PART_ROWS
 
+STATE = "state.json"
 MEASURE = "measure"
 STAGES = ("sketch", "features")
 """What estimates a score, the cheapest first (see methods.py); a race may begin with the second."""
@@ -89,7 +90,7 @@ class WorkFolder:
         self._inspection = json.loads(json.dumps(inspection))
         self._held: dict[Path, Arrays] = {}
         self._held_bytes = 0
-        file = path / "state.json"
+        file = path / STATE
         wanted = json.loads(json.dumps(state))
         found = read_json(file)
         if found is not None:

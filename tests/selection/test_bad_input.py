@@ -329,3 +329,49 @@ def test_a_folder_without_a_score_is_no_other_selections(place: Place) -> None:
 def test_nothing_chosen_is_said(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert place.run("budget.documents=null", "budget.threshold=99") == 0
     assert "nothing was chosen" in "".join(capsys.readouterr())
+
+
+# Overrides of what is refused before a document has a score.
+EARLY: list[tuple[str, ...]] = [
+    ("targets.0.source=[{t}/none.jsonl]",),
+    ("targets.0.documents=[1, 9]",),
+    ("pool.source=[{t}/nowhere/*.jsonl]",),
+    ("pool.source=[{t}/in/broken.jsonl]",),
+    ("output.work={t}/scores", "score.level=1"),
+    ("output.work={t}/free/work", "targets.0.text_field=body"),
+]
+
+
+@pytest.mark.parametrize("overrides", EARLY)
+@pytest.mark.parametrize("there", [False, True])
+def test_a_refused_command_leaves_nothing_behind(place: Place, overrides: tuple[str, ...], there: bool) -> None:
+    """Neither folders nor locks, and what was there stays as it was."""
+    assert place.run(f"output.work={place.folder}/scores") == 0
+    (place.folder / "in" / "broken.jsonl").write_text("{\n")
+    other = place.folder / "some" / "where"
+    if there:
+        other.mkdir(parents=True)
+    before = {path: path.read_bytes() if path.is_file() else b"" for path in place.folder.rglob("*")}
+    lock = place.folder / "scores" / ".lock"
+    place.refused(f"output.folder={other}", *(each.replace("{t}", str(place.folder)) for each in overrides))
+    after = {path: path.read_bytes() if path.is_file() else b"" for path in place.folder.rglob("*")}
+    assert after | {lock: b""} == before | {lock: b""}
+
+
+def test_a_command_that_is_refused_later_leaves_its_scores(place: Place) -> None:
+    place.refused("budget.documents=1000")
+    kept = {file: file.stat().st_mtime_ns for file in place.folder.glob("out/work/measure/*/*")}
+    assert kept
+    assert place.run() == 0
+    assert all(file.stat().st_mtime_ns == time for file, time in kept.items())
+
+
+def test_the_help_names_a_selection(capsys: pytest.CaptureFixture[str]) -> None:
+    """What it names as an example can be selected."""
+    with pytest.raises(SystemExit):
+        main(["select", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "embedded configuration: selection" in said
+    assert "quickstart" not in said
+    assert "run folder" not in said
+    assert main(["config", "selection"]) == 0
