@@ -21,12 +21,12 @@ class PoolSection(TextSource):
     """How messages call it."""
 
     id_field: str | None = None
-    """Key or column with a document's id, for reports and to break ties; a document without one, or with null, is called
-    by its file and place there, and so are all with null here."""
+    """Key or column with a document's id, for reports and to break ties. A document without one, or with null, is
+    called by its file and place there, and so are all with null here."""
 
     group_field: str | None = None
-    """Key or column by whose values the report counts what was chosen, such as source; null: by file or folder. Documents
-    without a value count as (none)."""
+    """Key or column by whose values the report counts what was chosen, such as source; null: by file or folder.
+    Documents without a value count as (none)."""
 
     on_error: Literal["stop", "skip"] = "stop"
     """What to do at a record that cannot be read (broken JSON, no text field, a truncated archive): stop, or skip and

@@ -24,6 +24,7 @@ from harness.text import Progress
 
 from .config import DistributedSection, SelectSettings
 from .job import Job
+from .passes import TITLES
 
 logger = logging.getLogger("harness.selection")
 
@@ -48,7 +49,7 @@ def run_task(settings: SelectSettings, name: str, task: str, rank: int, world_si
 class DatatroveExecutor:
     """Runs the passes on what `section.engine` names; needs the package datatrove."""
 
-    def __init__(self, section: DistributedSection) -> None:
+    def __init__(self, section: DistributedSection, progress: Progress) -> None:
         try:
             import datatrove  # noqa: F401
         except ModuleNotFoundError:
@@ -56,6 +57,7 @@ class DatatroveExecutor:
                 f"distributed.engine={section.engine} needs datatrove: pip install harness[distributed]"
             ) from None
         self._section = section
+        self._progress = progress
 
     def workers(self, job: Job) -> int:
         """Tasks at a time."""
@@ -88,8 +90,10 @@ class DatatroveExecutor:
         }
         try:
             executor = self._open(common, self.workers(job))
-            with _ending_with_this_process():
+            with self._shown(job, name, task), _ending_with_this_process():
                 executor.run()
+                if self._section.engine == "slurm":
+                    _wait(executor.job_id, missing)
         except HarnessError:
             raise
         except Exception as error:  # whatever a task raised, datatrove hands on as it is, from another process
@@ -97,21 +101,43 @@ class DatatroveExecutor:
                 f"{name}: a task failed ({type(error).__name__}: {' '.join(str(error).split())[:300]}); logs in "
                 f"{common['logging_dir']}; the same command goes on with what is missing"
             ) from error
-        if self._section.engine == "slurm":
-            _wait(executor.job_id, missing)
         if left := missing():
             raise HarnessError(
                 f"{name}: {left} of {len(job.shards)} shards are missing after all tasks; logs in "
                 f"{common['logging_dir']}; the same command goes on with what is missing"
             )
 
+    @contextmanager
+    def _shown(self, job: Job, name: str, task: str) -> Iterator[None]:
+        """How far the pass is, by the shards that are done."""
+        ended = threading.Event()
+        left = {shard.number: shard.bytes_on_disk for shard in job.shards if job.work.facts(name, shard.number) is None}
+        with self._progress.work(TITLES.get(task, "writing"), sum(left.values())) as advance:
+
+            def look() -> None:
+                for number in [each for each in left if job.work.is_finished(name, each)]:
+                    advance(left.pop(number))
+
+            def watch() -> None:
+                while not ended.wait(POLL_SECONDS):
+                    look()
+
+            watcher = threading.Thread(target=watch, daemon=True)
+            watcher.start()
+            try:
+                yield
+            finally:
+                ended.set()
+                watcher.join()
+                look()
+
     def _open(self, common: dict[str, Any], at_once: int) -> Any:
         section = self._section
         options: dict[str, Any] = dict(section.options)
         if section.engine == "local":
-            from datatrove.executor import LocalPipelineExecutor
+            from .local_tasks import LocalTasks
 
-            return LocalPipelineExecutor(**common, workers=at_once, start_method="spawn", **options)
+            return LocalTasks(**common, workers=at_once, start_method="spawn", **options)
         if section.engine == "ray":
             from datatrove.executor import RayPipelineExecutor
 

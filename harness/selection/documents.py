@@ -8,7 +8,6 @@ from harness.text import Content, Unusable, fields_of_line, text_of
 
 from .config import PoolSection
 
-
 NO_GROUP = "(none)"
 """What a document is counted under that does not say its group."""
 
@@ -35,8 +34,8 @@ class Document:
 
 
 def read_document(unit: Unit, pool: PoolSection) -> Document:
-    """Text, id and group by the fields that the pool names. Without an id of its own, or with null, a document is called
-    by its file and place; without a group, or with a blank one, it is counted under NO_GROUP."""
+    """Text, id and group by the fields that the pool names. A document without an id, or with null, is called by its
+    file and place; without a group, or with a blank one, it is counted under NO_GROUP."""
     fields = fields_of_line(unit.content, pool) if isinstance(unit.content, bytes) else unit.content
     named = fields if isinstance(fields, dict) else {}
     own = None if pool.id_field is None else named.get(pool.id_field)

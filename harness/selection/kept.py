@@ -206,7 +206,9 @@ def _packed(content: Content) -> bytes:
     """A line of jsonl as it is, text in UTF-8, a row of parquet as JSON with all that is no text, or null, as it is
     shown."""
     if isinstance(content, dict):
-        shown = {key: value if value is None or isinstance(value, str) else str(value) for key, value in content.items()}
+        shown = {
+            key: value if value is None or isinstance(value, str) else str(value) for key, value in content.items()
+        }
         content = json.dumps(shown)
     return content.encode() if isinstance(content, str) else content
 

@@ -88,7 +88,9 @@ class Pool:
         if len(files) < len(others):
             first, *more = sorted({folder for folder in folders.values() if folder is not None})
             which = f"{first} and {len(more):,} more" if more else first
-            parts.append(f"{len(others) - len(files):,} written by other selections ({which}; name its chosen/ to have it)")
+            parts.append(
+                f"{len(others) - len(files):,} written by other selections ({which}; name its chosen/ to have it)"
+            )
         if parts:
             self.left_out = f"{section.label}: left out of {len(found):,} files: {', '.join(parts)}"
         if not files:

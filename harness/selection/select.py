@@ -73,7 +73,7 @@ def open_executor(settings: SelectSettings, progress: Progress) -> Executor:
         return LocalExecutor(settings.workers, progress)
     from .distributed import DatatroveExecutor
 
-    return DatatroveExecutor(settings.distributed)
+    return DatatroveExecutor(settings.distributed, progress)
 
 
 def select(settings: SelectSettings, *, progress: Progress | None = None) -> dict[str, Any]:

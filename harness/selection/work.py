@@ -146,6 +146,10 @@ class WorkFolder:
         """What `finish_shard` was told; None where the pass is not complete."""
         return self._read(self._shard(name, shard) / "done.json")
 
+    def is_finished(self, name: str, shard: int) -> bool:
+        """Whether `finish_shard` was told."""
+        return (self._shard(name, shard) / "done.json").exists()
+
     def _read(self, file: Path) -> dict[str, Any] | None:
         found = read_json(file)
         if found == {}:

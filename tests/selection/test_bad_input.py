@@ -190,8 +190,8 @@ def test_folders_of_other_selections(place: Place) -> None:
     before = result_of(place.folder / "out")
     said = place.refused("budget.documents=6")
     assert said == (
-        "{t}/out: has a finished selection by other settings (they differ in budget); choose another output.folder (with "
-        "output.work={t}/out/work its scores are used again)"
+        "{t}/out: has a finished selection by other settings (they differ in budget); choose another output.folder "
+        "(with output.work={t}/out/work its scores are used again)"
     )
     other = f"output.folder={place.folder}/other", f"output.work={place.folder}/out/work"
     assert place.run(*other, "budget.documents=6") == 0
@@ -203,7 +203,7 @@ def test_folders_of_other_selections(place: Place) -> None:
         ("racing.exact=true", "exact"),
     ]:
         said = place.refused(*third, override)
-        assert said.startswith(f"{{t}}/out/work: holds the scores of another selection (it differs in {key}); choose another")
+        assert said.startswith(f"{{t}}/out/work: holds the scores of another selection (it differs in {key}); choose")
     with (place.folder / "in" / "good.jsonl").open("ab") as file:
         file.write(ROW)
     assert "holds the scores of another selection (it differs in files)" in place.refused(*third)

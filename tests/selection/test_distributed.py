@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,8 @@ import pytest
 from harness.config import HarnessError, dump_yaml
 from harness.selection import SelectSettings, select
 from harness.selection.job import Job
-from tests.selection.pools import QUIET, result_of
+from harness.text import Progress
+from tests.selection.pools import QUIET, result_of, write_lines
 from tests.selection.starting import write_site
 from tests.selection.test_killed import Inputs, command
 
@@ -114,3 +120,41 @@ def test_tasks_end_with_the_command_that_was_killed(inputs: Inputs, expected: di
     _, said = again.communicate()
     assert again.returncode == 0, said
     assert result_of(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_terminal_is_ours_and_the_log_lies_in_its_folder(inputs: Inputs, tmp_path: Path, workers: int) -> None:
+    file = tmp_path / "select.yaml"
+    broken = write_lines(tmp_path / "broken.jsonl", [b"{\n"])
+    chosen = settings(inputs, tasks=4, workers=workers)
+    pool = chosen.pool.model_copy(update={"source": (*chosen.pool.source, str(broken)), "on_error": "skip"})
+    file.write_text(dump_yaml(chosen.model_copy(update={"pool": pool}), comments=False))
+    arguments = [sys.executable, "-m", "harness", "select", str(file)]
+    done = subprocess.run(
+        arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    said = done.stdout
+    assert done.returncode == 0, said
+    ours = ("skipped ", "compressed sizes by ", "chose ")
+    strange = [line for line in said.splitlines() if not any(start in line for start in ours)]
+    assert strange == []
+    assert len(re.findall(r"skipped .*broken\.jsonl", said)) == 1
+    logs = list(tmp_path.glob("out/work/logs/measure-4/logs/task_*.log"))
+    assert len(logs) == 4
+    assert all("Processing done" in log.read_text() for log in logs)
+
+
+def test_progress_is_by_shards_that_are_done(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("harness.selection.distributed.POLL_SECONDS", 0.01)
+    shown: dict[str, list[int]] = {}
+
+    class Seen(Progress):
+        @contextmanager
+        def work(self, title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+            counts = shown[title] = [total_bytes]
+            yield lambda count: counts.append(-count)
+
+    select(settings(inputs, tasks=2), progress=Seen(quiet=True))
+    assert {"measuring all documents", "writing"} <= set(shown)
+    assert all(total and sum([total, *done]) == 0 for total, *done in shown.values())
