@@ -88,6 +88,8 @@ def test_which_files_are_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_any_rows_of_any_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     r = random.Random()
     write_files(r, tmp_path / "in")
+    for name in ("98", "99"):  # two small neighbours, which the drawn files need not have
+        (tmp_path / "in" / f"{name}.jsonl").write_text('{"id": "small", "text": "a small one"}\n')
     monkeypatch.setattr("harness.selection.pool.SHARD_BYTES", 6000)
     pool = Pool(validate(PoolSection, section_of(tmp_path / "in"), "test"))
     assert any(len(shard.files) > 1 for shard in pool.shards)
