@@ -35,7 +35,9 @@ from harness.config import load_config
 from harness.selection import SelectSettings, select
 report = select(load_config(SelectSettings, Path(sys.argv[1]), sys.argv[2:]))
 usage = resource.getrusage(resource.RUSAGE_SELF)
-print(json.dumps({"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss / 1024,
+# Of this program alone: ru_maxrss begins with what the process had that started it.
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps({"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_mb": peak / 1024,
     "bytes": report["pool"]["bytes"], "chosen": report["chosen"]["documents"], "pairs": report["pairs"],
     "recall": report["recall"]}))
 """
