@@ -95,6 +95,13 @@ def train(target: str, overrides: Sequence[str]) -> int:
     return 0 if run(load_settings(target, overrides)).stopped_by is None else stop.EXIT_RESUME
 
 
+def remove_norms(target: str, overrides: Sequence[str]) -> int:
+    """fine-tune a model until it needs no norms, fold what is left of them, and prove it"""
+    from harness.remove_norms import remove_norms as run
+
+    return run(load_settings(target, overrides))
+
+
 def evaluate(target: str, overrides: Sequence[str], *, data_from: str | None = None) -> None:
     """loss and bits per byte of a model on held-out text, as JSON"""
     from harness.evaluate import evaluate as run
@@ -199,6 +206,7 @@ VERBS: dict[str, Verb] = {
     "train": train,
     "select": select,
     "tokenize": tokenize,
+    "remove-norms": remove_norms,
     "evaluate": evaluate,
     "generate": generate,
     "convert": convert,
@@ -207,6 +215,10 @@ VERBS: dict[str, Verb] = {
     "config": config,
     "doctor": doctor,
 }
+
+
+ON_ALL_RANKS = ("train", "remove-norms")
+"""The verbs that torchrun may start."""
 
 
 def load_settings(target: str, overrides: Sequence[str]) -> Settings:
@@ -399,9 +411,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     verb = options.pop("verb")
     try:
-        if verb != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
+        if verb not in ON_ALL_RANKS and os.environ.get("WORLD_SIZE", "1") != "1":
             raise HarnessError("runs on one process; start it without torchrun, whatever layout trained the model")
-        with nullcontext() if verb == "train" else stop.raising():  # training looks after itself
+        with nullcontext() if verb in ON_ALL_RANKS else stop.raising():  # training looks after itself
             return VERBS[verb](**options) or 0
     except stop.StopRequested as error:
         if not said_elsewhere(error):

@@ -11,6 +11,7 @@ from harness.config import ConfigError, Section
 from harness.data import DataSection
 from harness.evaluate import EvaluateSection, GenerateSection, SummarySection
 from harness.model import LossSection, ModelSection
+from harness.normfree import NormRemovalSection, check_schedule
 from harness.optim import OptimizerSection, ScheduleSection, decay_steps
 from harness.parallel import ParallelSection
 from harness.plan import DryRunSection
@@ -103,6 +104,8 @@ class Settings(Section):
     """When to save and what to keep."""
     faults: FaultsSection = FaultsSection()
     """Bad steps and hung runs."""
+    norm_removal: NormRemovalSection = NormRemovalSection()
+    """`harness remove-norms`."""
     summary: SummarySection = SummarySection()
     """What is printed after the last step."""
     evaluate: EvaluateSection = EvaluateSection()
@@ -128,6 +131,15 @@ class Settings(Section):
                 f"data.sequence_length {self.data.sequence_length} is more than model.max_positions {limit}"
             )
         return self
+
+    def check_norm_removal(self) -> None:
+        """Raises ConfigError where the run cannot keep the schedule of its norm removal."""
+        if not self.norm_removal.enabled:
+            return
+        inside = "train.compile" if self.train.compile else None
+        if self.train.recompute != "none":
+            inside = f"train.recompute={self.train.recompute}"
+        check_schedule(self.norm_removal, self.model, self.train.steps, inside=inside)
 
     def check_sequences(self, parallel: ParallelSection) -> None:
         """Raises ConfigError where sequence parallelism cannot divide the tokens of a micro-batch equally."""

@@ -10,8 +10,9 @@ from typing import Any
 
 from harness.checkpoint import CheckpointStore
 from harness.config import HarnessError, plain
-from harness.convert import ModelSource, RunSource, is_run, locate_run, open_source
+from harness.convert import ModelSource, RunSource, is_run, locate_run, open_source, refuse_frozen
 from harness.data import Prepared, Tokenizer, open_prepared, prepare_for_training
+from harness.model import ModelSection
 from harness.parallel import Channel, Engine, ParallelLayout
 from harness.runs import RunFolder
 from harness.settings import Settings
@@ -111,7 +112,10 @@ def check_resume(state: dict[str, Any], settings: Settings, tokenizer: str, wher
 
     Raises HarnessError, naming them, for changes that its weights cannot follow. `where` begins that line.
     """
-    changes = _changes(state["settings"], plain(settings))
+    before = state["settings"]
+    # A checkpoint may be older than a key of the model: then it stands for that key's default.
+    before = {**before, "model": plain(ModelSection.model_validate(before["model"]))}
+    changes = _changes(before, plain(settings))
     may_change = MAY_CHANGE | ({"model.max_positions"} if settings.model.positions == "rope" else set())
     lines = {key: f"{key}: was {before}, now {now}" for key, (before, now) in changes.items()}
     refused = [line for key, line in lines.items() if key.startswith("model.") and key not in may_change]
@@ -170,6 +174,7 @@ def _open_weights(folder: Path, layout: ParallelLayout, channel: Channel) -> Mod
     source, problem = None, []
     try:
         source = open_source(folder, step=step)
+        refuse_frozen(source)
     except HarnessError as error:
         problem = [str(error)]
     agree(problem)

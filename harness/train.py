@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from harness import stop
-from harness.callbacks import KINDS, Callback, Fault, FaultError, FaultJudge, Interrupted, Saving, Validation
+from harness.callbacks import KINDS, Callback, Fault, FaultError, FaultJudge, Interrupted, RollBack, Saving, Validation
 from harness.checkpoint import CheckpointStore
 from harness.config import HarnessError, dump_yaml, plain
 from harness.data import Batch, TokenStream
 from harness.evaluate import Summary
 from harness.model import build_decoder, count_parameters, flops_per_token, initialise_masters
+from harness.normfree import NormRemoval
 from harness.optim import build_adamw, learning_rate
 from harness.parallel import ParallelLayout, Peak, Verdict, build_divider, build_engine, memory_bytes, peak_flops
 from harness.plan import print_dry_run
@@ -101,7 +102,8 @@ class Trainer:
         self.micro_batch = settings.train.micro_batch_on(layout.data_size)
         settings.check_sequences(layout.section)
         settings.loss.check_device(layout.device)
-        settings.model.check_divides(layout.tensor_size)  # all of this before the first text is read
+        settings.model.check_divides(layout.tensor_size)
+        settings.check_norm_removal()  # all of this before the first text is read
         start = starting_step(settings, run, self.store, layout, self._channel)
         self.prepared = prepare(settings, layout)
         self.settings = settings = settings.resolved(self.prepared.tokenizer.vocab_size)
@@ -117,7 +119,9 @@ class Trainer:
             compile_blocks=settings.train.compile,
             tensor=layout.tensor_parallel(),
             divide=build_divider(layout, settings.train.precision),
+            switchable_norms=settings.norm_removal.enabled,
         )
+        self.model.end_of_text = self.prepared.tokenizer.eod
         self.engine = build_engine(
             self.model,
             lambda masters: build_adamw(settings.optimizer, masters),
@@ -129,6 +133,7 @@ class Trainer:
         self.saving = Saving(settings.checkpoint, self.store, layout, run)
         validation = Validation(settings.validation, settings.data, self.prepared, layout)
         self.callbacks: list[Callback] = [
+            *self._norm_removal(),  # first: it may take the step back
             validation,
             Summary(settings.summary, validation),
             *callbacks,
@@ -174,19 +179,27 @@ class Trainer:
         """
         record = None
         while record is None:
+            self._call("before_step")
             record = self._train_step()
-        self.step = record["step"]
-        self.layout.watchdog.alive(f"step {self.step}")
-        return self._finish_step(record)
+            if record is not None:
+                self.step = record["step"]
+                self.layout.watchdog.alive(f"step {self.step}")
+                record = self._finish_step(record)
+        return record
 
-    def _finish_step(self, record: dict[str, Any]) -> dict[str, Any]:
-        """The callbacks' part of a step whose weights are updated, and its line in metrics.jsonl."""
+    def _finish_step(self, record: dict[str, Any]) -> dict[str, Any] | None:
+        """The callbacks' part of a step whose weights are updated, and its line in metrics.jsonl. None where one of
+        them took the run back."""
         self._unfinished = dict(record)
         try:
             self._call("after_step", record)
         except Interrupted:
             self._score = None
             return self._unfinished
+        except RollBack as back:
+            self._unfinished = None
+            self._go_back(back, self.step)
+            return None
         self._unfinished = None
         score = record.get("validation_loss", math.nan)
         self._score = score if math.isfinite(score) else None
@@ -249,8 +262,11 @@ class Trainer:
     def _backward(self, batch: Batch, tokens: int, *, last: bool) -> Tensor:
         """Forward and backward of one micro-batch; the sum of its losses."""
         batch = batch.to(self.layout.device)
+        self._call("before_forward", batch)
         loss = self.engine.module(batch.tokens, batch.targets, batch.positions, batch.document_ids).loss
-        self.engine.backward(loss, tokens, last=last)
+        terms = [callback.after_forward(self, batch) for callback in self.callbacks]
+        objective = sum((term * tokens for term in terms if term is not None), start=loss)
+        self.engine.backward(objective, tokens, last=last)
         return loss.detach()
 
     # ---- what all ranks decide together ----------------------------------------------------------------------------
@@ -280,6 +296,12 @@ class Trainer:
 
     def _handle(self, fault: Fault, step: int) -> bool:
         """Skip this step (True), or roll back (False), or raise FaultError: as the policy says."""
+        for callback in self.callbacks:
+            way = callback.claim(fault, step)
+            if way is not None:
+                self.engine.skip()
+                self._go_back(way, step)
+                return False
         policy, samples = self.judge.decide(fault), (self._first_samples[step], self.stream.consumed_samples)
         details = {"kind": fault.kind, "reason": fault.reason, "samples": list(samples)}
         self.engine.skip()
@@ -303,12 +325,26 @@ class Trainer:
             f"stream"
         )
 
-    def _roll_back(self, target: int, step: int, details: dict[str, Any]) -> None:
-        """Go back to step `target`, and from there on without the samples of the last steps up to `step`."""
-        first = max(step - self.settings.faults.rollback_steps + 1, min(self._first_samples))
-        window = self._first_samples[first], self.stream.consumed_samples
+    def _go_back(self, back: RollBack, step: int) -> None:
+        """To before what a callback caused; the samples since then are not read again."""
+        self.saving.settle(step)
+        target = newest_verified(self.store, self.layout, self._channel, before=back.to_step + 1)
+        if target is None:
+            raise HarnessError(
+                f"step {step}: {back.reason}, and there is no good checkpoint of step {back.to_step} to go back to"
+            )
+        since = self.store.read_state(target)["stream"]["consumed_samples"]
+        self._roll_back(target, step, {"kind": back.kind, "reason": back.reason}, since)
+
+    def _roll_back(self, target: int, step: int, details: dict[str, Any], since: int | None = None) -> None:
+        """Go back to step `target`, and from there on without the samples from `since` on, or those of the last steps
+        up to `step`."""
+        if since is None:
+            since = self._first_samples[max(step - self.settings.faults.rollback_steps + 1, min(self._first_samples))]
+        window = since, self.stream.consumed_samples
         skipped = [*self.stream.state_dict()["skipped"], window]
         self._restore(self.store.read_state(target), keep_decisions=True)
+        self._call("after_roll_back")
         for start, end in skipped:
             self.stream.skip(start, end)
         # First the checkpoints, then the records: a resume must never begin at a step that is not recorded.
@@ -351,6 +387,15 @@ class Trainer:
         self.run.sync()  # a checkpoint must not outlive the records that lead up to it
         self.saving.begin(self.step, self.engine.fragments(owned=True), state)
 
+    @property
+    def saved_step(self) -> int | None:
+        """See TrainerView."""
+        return self.saving.last_step
+
+    def protect(self, step: int | None) -> None:
+        """See TrainerView."""
+        self.saving.protect(step)
+
     def close(self) -> None:
         """Wait for what is being written, and stop background work."""
         self.saving.close()
@@ -385,6 +430,21 @@ class Trainer:
         self.judge.load_state_dict(state.get("faults", {}), keep_decisions=keep_decisions)
         for callback in self.callbacks:
             callback.load_state_dict(state["callbacks"].get(callback.name, {}))
+
+    def _norm_removal(self) -> list[Callback]:
+        settings = self.settings
+        if not settings.norm_removal.enabled:
+            return []
+        return [
+            NormRemoval(
+                settings.norm_removal,
+                self.model,
+                self.layout,
+                steps=self.total_steps,
+                rows=settings.train.global_batch_size,
+                sequence_length=settings.data.sequence_length,
+            )
+        ]
 
     def _remember_sample(self, step: int) -> None:
         self._first_samples[step] = self.stream.consumed_samples

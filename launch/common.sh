@@ -13,6 +13,11 @@ refuse() {
     exit 2
 }
 
+# VERB is one that several processes may run.
+require_verb() {
+    [[ $VERB == train || $VERB == remove-norms ]] || refuse "VERB=$VERB: should be train or remove-norms"
+}
+
 # require_number NAME LOWEST HIGHEST: the variable of that name holds a whole number in that range.
 require_number() {
     local value=${!1}

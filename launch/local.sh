@@ -4,6 +4,7 @@
 set -euo pipefail
 
 # ---- Variables: set them in the environment, or change the defaults here ----
+: "${VERB:=train}"       # train, or remove-norms
 : "${NPROC_PER_NODE:=}"  # processes; empty: one a GPU, or 2 where there is none
 : "${VENV:=}"            # virtual environment; empty: .venv in the repository if there, else PATH decides
 : "${OMP_NUM_THREADS:=}" # CPU threads of a process; empty: the cores, shared out
@@ -12,9 +13,10 @@ set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [[ $# -gt 0 ]] || refuse "no configuration; usage: launch/local.sh CONFIG [section.key=value ...]"
+require_verb
 choose_processes 2
 choose_python
 
 # Ranks keep this terminal for their output; the status is not 0 if any of them fails, and the others are ended.
 start "$python" -m harness.launcher --standalone --nproc-per-node="$NPROC_PER_NODE" --max-restarts=0 \
-    -m harness train "$@"
+    -m harness "$VERB" "$@"

@@ -7,6 +7,7 @@
 set -euo pipefail
 
 # ---- Variables: set them in the environment, or change the defaults here ----
+: "${VERB:=train}"               # train, or remove-norms; the same on each machine
 : "${NNODES:=}"                  # number of machines
 : "${NPROC_PER_NODE:=}"          # processes on each machine; empty: one a GPU, or 1 where there is none
 : "${MASTER_ADDR:=}"             # static: name or address of machine 0, as the others reach it
@@ -32,6 +33,7 @@ require_address() { # require_address NAME HOST
 [[ $# -gt 0 ]] || refuse "no configuration; usage: launch/torchrun.sh CONFIG [section.key=value ...]"
 [[ -n $NNODES ]] || refuse "NNODES is not set; it is the number of machines, the same on each"
 require_number NNODES 1 65536
+require_verb
 require_number JOIN_TIMEOUT_SECONDS 1 86400
 
 if [[ -n $RDZV_ENDPOINT ]]; then
@@ -71,4 +73,4 @@ choose_python
 
 # Ranks keep this terminal for their output; the status is not 0 if any rank of this machine fails.
 start "$python" -m harness.launcher --nnodes="$NNODES" --nproc-per-node="$NPROC_PER_NODE" "${rendezvous[@]}" \
-    --max-restarts=0 -m harness train "$@"
+    --max-restarts=0 -m harness "$VERB" "$@"

@@ -21,6 +21,7 @@ LAYERS = [
     {"settings", "model_folder"},
     {"start"},
     {"train"},
+    {"remove_norms"},
     {"studies"},
     {"cli", "launcher"},
     {"__main__"},

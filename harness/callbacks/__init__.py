@@ -4,7 +4,7 @@ In: the trainer's state at the moment that a hook's name says. Out: columns of t
 Read base.py first. Rooms above this one bring callbacks of their own.
 """
 
-from .base import Callback, Interrupted, TrainerView, is_due
+from .base import Callback, Interrupted, RollBack, TrainerView, is_due
 from .config import CheckpointSection, FaultsSection, ValidationSection
 from .faults import KINDS, Fault, FaultError, FaultJudge
 from .saving import Saving
@@ -19,6 +19,7 @@ __all__ = [
     "FaultJudge",
     "FaultsSection",
     "Interrupted",
+    "RollBack",
     "Saving",
     "Score",
     "TrainerView",

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
-from harness.data import Prepared
+from torch import Tensor
+
+from harness.data import Batch, Prepared
 from harness.model import Decoder
 from harness.parallel import Engine, ParallelLayout
 from harness.runs import RunFolder
+
+if TYPE_CHECKING:
+    from .faults import Fault
 
 
 class TrainerView(Protocol):
@@ -35,6 +41,13 @@ class TrainerView(Protocol):
     @property
     def run(self) -> RunFolder: ...
 
+    def protect(self, step: int | None) -> None:
+        """Let the checkpoint of `step` be deleted by no retention, until another one is named; None: none."""
+
+    @property
+    def saved_step(self) -> int | None:
+        """The step of the newest checkpoint that was begun, and not refused."""
+
     def save(self) -> None:
         """Begin a checkpoint of the last completed step."""
 
@@ -50,6 +63,16 @@ class Interrupted(BaseException):
     record, are done again when the run goes on."""
 
 
+@dataclass
+class RollBack(Exception):  # noqa: N818 (no error, a decision)
+    """The run goes back to the newest good checkpoint of `to_step` or before, and on with new samples. Raised by all
+    ranks alike, from `Callback.after_step`."""
+
+    to_step: int
+    kind: str
+    reason: str
+
+
 class Callback:
     """Something periodic. A hook's name says when it runs; the base class's hooks do nothing.
 
@@ -61,6 +84,22 @@ class Callback:
 
     def before_training(self, trainer: TrainerView) -> None:
         """Once, after everything is built and a checkpoint is loaded, before the first step."""
+
+    def before_step(self, trainer: TrainerView) -> None:
+        """Before the batch of step `trainer.step + 1` is read; may save, of `trainer.step`."""
+
+    def before_forward(self, trainer: TrainerView, batch: Batch) -> None:
+        """Before the forward pass of a micro-batch in training."""
+
+    def after_forward(self, trainer: TrainerView, batch: Batch) -> Tensor | None:
+        """After it, before its backward pass. What is returned, a scalar, is added to the step's mean loss before the
+        backward pass, for its gradient; the recorded loss is without it."""
+
+    def claim(self, fault: Fault, step: int) -> RollBack | None:
+        """Asked on all ranks before a policy decides about a bad step: the way back, where this callback caused it."""
+
+    def after_roll_back(self, trainer: TrainerView) -> None:
+        """After the state of `trainer.step` is restored, before it is saved again with what was learnt."""
 
     def after_step(self, trainer: TrainerView, record: dict[str, Any]) -> None:
         """After the optimizer step; may add columns to the step's record, which is then written to metrics.jsonl."""

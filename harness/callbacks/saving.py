@@ -119,6 +119,11 @@ class Saving(Callback):
                     f"{self._store.folder}: step {later}, which the run goes back behind, cannot be deleted: {error}"
                 ) from error
 
+    def protect(self, step: int | None) -> None:
+        """Let retention spare the checkpoint of `step`, and of no other."""
+        if self._pruner is not None:
+            self._pruner.protected = step
+
     def close(self) -> None:
         """Wait for what is being written."""
         self._saver.close()

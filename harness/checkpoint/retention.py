@@ -71,6 +71,8 @@ class Pruner:
         self.retention = retention
         self.damaged: dict[int, str] = {}
         """What is wrong with steps that are not whole, as `scores` last found them."""
+        self.protected: int | None = None
+        """A step that stays whatever the retention says."""
         self._seen: dict[int, _Seen] = {}
 
     def prune(self) -> list[int]:
@@ -83,7 +85,7 @@ class Pruner:
         for step, problem in self.damaged.items():
             if named.get(step) != problem:
                 logger.warning("checkpoint of step %d is neither counted nor deleted: %s", step, problem)
-        return self.delete(self.retention.doomed(scores))
+        return self.delete(step for step in self.retention.doomed(scores) if step != self.protected)
 
     def delete(self, steps: Iterable[int]) -> list[int]:
         """Delete `steps`, one after the other, and return those that are gone; one that resists is a warning."""

@@ -8,7 +8,7 @@ from .convert import Conversion, convert
 from .formats import FORMATS, open_source
 from .harness_run import RunSource, is_run, locate_run
 from .proof import Comparison, Proof, streamed_logits
-from .source import ModelSource
+from .source import ModelSource, decoder_shapes, refuse_frozen
 
 __all__ = [
     "FORMATS",
@@ -18,8 +18,10 @@ __all__ = [
     "Proof",
     "RunSource",
     "convert",
+    "decoder_shapes",
     "is_run",
     "locate_run",
     "open_source",
+    "refuse_frozen",
     "streamed_logits",
 ]

@@ -17,7 +17,7 @@ from harness.model import ModelSection, count_parameters
 from .formats import FORMATS, Format, open_source
 from .proof import Method, Proof, prove
 from .records import RECORD, write_json
-from .source import ModelSource
+from .source import ModelSource, refuse_frozen
 from .staging import check_free, staged
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,7 +48,7 @@ class Conversion:
 
 
 def convert(
-    source: Path,
+    source: Path | ModelSource,
     target: Path,
     *,
     to: str | None = None,
@@ -59,6 +59,7 @@ def convert(
 ) -> Conversion:
     """Write the model of `source` into the new folder `target`, prove it, and only then give the folder its name.
 
+    source: a folder, or a source that is open already, without `step` and `section` then.
     to: "harness", "huggingface", ...; None: "huggingface" for a run of ours, "harness" for anything else.
     step: which checkpoint of a run; None: the newest. dtype: of the target's weights, "float32", "bfloat16" or
     "float16"; None: float32, which every source fits into. proof: None for none, which the target then says. section:
@@ -66,7 +67,10 @@ def convert(
     Raises HarnessError, naming file, key or tensor, before anything is written or with nothing left behind.
     """
     check_free(target)
-    opened = open_source(source, step=step, section=section)
+    if isinstance(source, ModelSource) and (step is not None or section is not None):
+        raise ValueError("step and section choose what a folder is opened as; this source is open already")
+    opened = source if isinstance(source, ModelSource) else open_source(source, step=step, section=section)
+    refuse_frozen(opened)
     chosen = _choose(to, opened)
     if proof == "transformers" and "Hugging Face" not in (opened.format, chosen.name):
         raise HarnessError("--proof transformers: neither side is a Hugging Face folder; leave it out")

@@ -15,12 +15,14 @@ from torch import Tensor
 from harness.checkpoint import CheckpointStore, StoredFile
 from harness.config import HarnessError, plain, validate
 from harness.data import Tokenizer, load_tokenizer
-from harness.model import ModelSection
+from harness.model import ModelSection, SiteState, norm_sites
 from harness.parallel import Fragment
 
 from .source import ModelSource, decoder_shapes
 
 TOKENIZER = "tokenizer"
+NORM_REMOVAL = "norm_removal"
+"""Whose state says which norm sites are frozen."""
 
 
 def is_run(path: Path) -> bool:
@@ -79,6 +81,7 @@ class RunSource(ModelSource):
         self.section = validate(ModelSection, settings["model"], f"{self.path}: model")
         self.sequence_length = settings.get("data", {}).get("sequence_length")
         self.tokenizer_fingerprint: str | None = self.state["tokenizer"]  # type: ignore[assignment]
+        self.norm_states = self._read_norm_states()
 
     def read(self, fragments: Sequence[Fragment]) -> None:
         self.store.read(self._manifest, fragments)
@@ -99,6 +102,20 @@ class RunSource(ModelSource):
     @property
     def details(self) -> dict[str, Any]:
         return {**super().details, "step": self.step}
+
+    def _read_norm_states(self) -> dict[str, SiteState]:
+        """Those that norm removal has changed."""
+        callbacks: Any = self.state.get("callbacks", {})
+        sites = callbacks.get(NORM_REMOVAL, {}).get("sites", {})
+        names = {site.name for site in norm_sites(self.section)}
+        states = {}
+        for name, said in sites.items():
+            state = SiteState(float(said["alpha"]), None if said["sigma"] is None else float(said["sigma"]))
+            if name not in names:
+                raise HarnessError(f"{self.path}: norm removal speaks of a site {name}, which its model has not")
+            if state.alpha > 0:
+                states[name] = state
+        return states
 
     def verify(self, share: tuple[int, int] = (0, 1)) -> list[str]:
         damaged = self.store.verify(self.step, share, kinds={"master"})

@@ -16,6 +16,7 @@ from harness.model import ModelSection
 from .names import GPT2, LLAMA
 from .records import Fields, listed
 from .rules import Row
+from .stand_ins import EPSILONS
 
 Config = Mapping[str, Any]
 
@@ -41,8 +42,10 @@ class Architecture:
 
 
 def read_config(config: Config, label: str) -> tuple[Architecture, ModelSection]:
-    """The architecture and our section of a config.json. Raises HarnessError, naming the key, where the decoder cannot
-    express the model."""
+    """The architecture and our section of a config.json; a norm-free one has the epsilon of its stand-ins.
+
+    Raises HarnessError, naming the key, where the decoder cannot express the model.
+    """
     known, reader = {each.name: each for each in ARCHITECTURES}, Fields(config, label)
     names = reader.texts("architectures")
     if not names:
@@ -57,6 +60,7 @@ def read_config(config: Config, label: str) -> tuple[Architecture, ModelSection]
     values |= {
         "vocab_size": reader.integer("vocab_size"),
         "init_std": reader.number("initializer_range", 0.02),
+        "norm_free": values["norm_epsilon"] in EPSILONS,
         "tied_head": reader.expect("tie_word_embeddings", True, False, default=architecture is _GPT2),
     }
     return architecture, validate(ModelSection, values, f"{label} as our model section")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from harness.checkpoint import StoredFile, TensorEntry, TensorFile, write_tensor_file
+from harness.checkpoint import Box, StoredFile, TensorEntry, TensorFile, write_tensor_file
 from harness.config import HarnessError
 from harness.data import Tokenizer
+from harness.model import ModelSection
+from harness.parallel import Fragment
 
 from .hf_config import read_config, write_config
 from .records import read_json, verify_record, write_json
 from .rules import link_names
 from .source import READABLE_DTYPES, LinkedSource, ModelSource, decoder_shapes, fetch_linked
+from .stand_ins import StandIns, epsilon_for
 from .tokenizers import export_tokenizer, import_tokenizer
 
 CONFIG = "config.json"
@@ -49,12 +51,17 @@ class HuggingFaceSource(LinkedSource):
     def __init__(self, path: Path) -> None:
         self.config = read_json(path / CONFIG)
         architecture, section = read_config(self.config, str(path / CONFIG))
+        self._stand_ins: StandIns | None = None
+        if section.norm_free:
+            self._stand_ins = StandIns.of(architecture.rows, section, section.norm_epsilon)
+            section = section.model_copy(update={"norm_epsilon": ModelSection.model_fields["norm_epsilon"].default})
         links = link_names(architecture.rows, section, decoder_shapes(section))
         files = _find_tensors(path)
         # The first releases of GPT-2's weights have no prefix.
         prefix = next((row.theirs.partition(".")[0] + "." for row in architecture.rows), "")
         if not any(name.startswith(prefix) for name in files):
             links = links.renamed(lambda name: name.removeprefix(prefix))
+            self._stand_ins = None if self._stand_ins is None else self._stand_ins.renamed(prefix)
         self._tokenizer: Tokenizer | None = None
         super().__init__(path, section, links, files)
 
@@ -63,7 +70,31 @@ class HuggingFaceSource(LinkedSource):
         if self.section.tied_head and "lm_head.weight" in kept:
             self._check_copy(kept, "lm_head.weight", self.links.by_ours["token_embedding.weight"][0].theirs)
             del kept["lm_head.weight"]
+        if self._stand_ins is not None:
+            self._check_stand_ins(self._stand_ins, kept)
+            kept = {name: entry for name, entry in kept.items() if name not in self._stand_ins.constants}
         super().check_entries(kept)
+
+    def read(self, fragments: Sequence[Fragment]) -> None:
+        super().read(fragments)
+        for fragment in fragments:
+            if self._stand_ins is not None and fragment.name == "final_norm.weight":
+                fragment.tensor.detach().div_(self._stand_ins.scale)
+
+    def _check_stand_ins(self, stand_ins: StandIns, entries: Mapping[str, TensorEntry]) -> None:
+        """That what its epsilon says holds: that its norms are there for show."""
+        for name, (value, shape) in stand_ins.constants.items():
+            entry = entries.get(name)
+            found = None
+            if entry is not None and entry.shape == shape and entry.dtype in READABLE_DTYPES:
+                found = torch.empty(shape)
+                with TensorFile(self.files[name]) as file:
+                    file.read(name, [(Box((0,), shape), found)])
+            if found is None or not bool((found == value).all()):
+                raise HarnessError(
+                    f"{self.path}: tensor {name}: an epsilon of {stand_ins.epsilon:.0f} in {CONFIG} means a model "
+                    f"without norms, and this must then be {value:.0f} all over"
+                )
 
     def _check_copy(self, entries: Mapping[str, TensorEntry], copy: str, original: str) -> None:
         """Some writers save a tied head a second time; then it must be the embedding."""
@@ -142,9 +173,20 @@ def write_huggingface(
     """
     section, tokenizer = source.section.model_copy(update={"max_positions": source.longest}), source.tokenizer
     eod = None if tokenizer is None else tokenizer.eod
+    if section.norm_free:
+        section = section.model_copy(update={"norm_epsilon": epsilon_for(section, dtype)})
     architecture, config = write_config(section, str(dtype).removeprefix("torch."), eod)
     links = link_names(architecture.rows, section, decoder_shapes(section))
-    sizes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in links.their_shapes.items()}
+    stand_ins = StandIns.of(architecture.rows, section, section.norm_epsilon) if section.norm_free else None
+
+    def fetch(name: str) -> Tensor:
+        if stand_ins is not None and name in stand_ins.constants:
+            return stand_ins.constant(name, dtype)
+        tensor = fetch_linked(source, links, dtype, name)
+        return tensor if stand_ins is None or name != stand_ins.final else stand_ins.scaled(tensor)
+
+    shapes = links.their_shapes | ({} if stand_ins is None else stand_ins.shapes)
+    sizes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
     groups: list[dict[str, Tensor]] = [{}]
     for name, tensor in sizes.items():
         if groups[-1] and sum(other.nbytes for other in groups[-1].values()) + tensor.nbytes > max_file_bytes:
@@ -154,9 +196,7 @@ def write_huggingface(
     if len(groups) == 1:
         names = [SINGLE]
     written = {
-        name: write_tensor_file(
-            folder / name, group, fetch=partial(fetch_linked, source, links, dtype), metadata={"format": "pt"}
-        )
+        name: write_tensor_file(folder / name, group, fetch=fetch, metadata={"format": "pt"})
         for name, group in zip(names, groups, strict=True)
     }
     if len(groups) > 1:

@@ -50,7 +50,9 @@ def describe_for_megatron(section: ModelSection) -> dict[str, dict[str, Any]]:
 
 def _check(section: ModelSection) -> None:
     problem = None
-    if section.logit_softcap is not None:
+    if section.norm_free:
+        problem = "norm_free: its layers have norms; --to huggingface writes stand-ins for them"
+    elif section.logit_softcap is not None:
         problem = f"logit_softcap {section.logit_softcap}: it has none"
     elif section.bias and not section.has_qkv_bias:
         problem = "qkv_bias false: where it has biases, queries, keys and values have them too"

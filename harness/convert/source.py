@@ -15,7 +15,7 @@ from torch import Tensor
 from harness.checkpoint import Box, TensorEntry, TensorFile
 from harness.config import HarnessError
 from harness.data import Tokenizer
-from harness.model import Decoder, LossSection, ModelSection
+from harness.model import Decoder, LossSection, ModelSection, SiteState, norm_sites
 from harness.parallel import Fragment
 
 from .links import Links
@@ -39,6 +39,8 @@ class ModelSource(ABC):
     """What its weights are stored in."""
     sequence_length: int | None = None
     """Of its training, where that is known."""
+    norm_states: Mapping[str, SiteState] = {}
+    """Of norm sites that are not real: without these, the weights say another model."""
 
     @abstractmethod
     def read(self, fragments: Sequence[Fragment]) -> None:
@@ -151,6 +153,16 @@ def fetch_linked(source: ModelSource, links: Links, dtype: torch.dtype, name: st
         ]
     )
     return tensor.to(dtype)
+
+
+def refuse_frozen(source: ModelSource) -> None:
+    """Raises HarnessError where a source's norms are not those that its section and weights say."""
+    if source.norm_states:
+        count = len(norm_sites(source.section))
+        raise HarnessError(
+            f"{source.path}: norm removal has changed {len(source.norm_states)} of its {count} norm sites, which its "
+            f"weights do not say: fold it first, once all are frozen, or take an earlier checkpoint"
+        )
 
 
 def decoder_shapes(section: ModelSection) -> dict[str, tuple[int, ...]]:

@@ -6,10 +6,11 @@ With TransformerLens up to 3:
     model = HookedTransformer(cfg)
     model.load_state_dict(load_file("model.safetensors"), strict=False)
 
-Every parameter is there, norms not folded. What `strict=False` leaves as it is are buffers that the model has made of
-its configuration (masks, rotary tables), whose shapes differ between releases. load_and_process_state_dict, which folds
-and centres, takes the same file. TransformerLens 4 has no HookedTransformer: it takes models with learned positions by
-boot_native and convert_tl_checkpoint, and others as Hugging Face folders, by boot_transformers.
+Every parameter is there, norms not folded (a model without norms: transformer_lens_free.py). What `strict=False` leaves
+as it is are buffers that the model has made of its configuration (masks, rotary tables), whose shapes differ between
+releases. load_and_process_state_dict, which folds and centres, takes the same file. TransformerLens 4 has no
+HookedTransformer: it takes models with learned positions by boot_native and convert_tl_checkpoint, and others as
+Hugging Face folders, by boot_transformers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -33,6 +35,7 @@ from .rules import Row, Rule, Share, heads, link_names, transposed, whole
 from .source import READABLE_DTYPES, LinkedSource, ModelSource, decoder_shapes, fetch_linked
 from .tokenizers import export_tokenizer, import_tokenizer
 from .transformer_lens_config import as_section, read_config, write_config
+from .transformer_lens_free import B_U, W_U, check_unembed, free_rows, make_unembed, unembed_shapes
 
 CONFIG = "hooked_transformer_config.json"
 TENSORS = "model.safetensors"
@@ -92,7 +95,8 @@ NAMES = (
 
 def link_state(section: ModelSection, *, grouped: bool) -> Links:
     """Their state in terms of our parameters. grouped: their configuration has n_key_value_heads."""
-    links = link_names(NAMES, section, decoder_shapes(section))
+    rows = free_rows(NAMES) if section.norm_free else NAMES
+    links = link_names(rows, section, decoder_shapes(section))
     return links.renamed(_grouped_name) if grouped else links
 
 
@@ -106,7 +110,7 @@ def zero_biases(section: ModelSection, *, grouped: bool) -> dict[str, tuple[int,
         hidden = (section.hidden_size,)
         block |= {"attn.b_O": hidden, "mlp.b_in": (section.mlp_width,), "mlp.b_out": hidden}
     assert section.vocab_size is not None
-    biases: dict[str, tuple[int, ...]] = {"unembed.b_U": (section.vocab_size,)}
+    biases: dict[str, tuple[int, ...]] = {} if section.norm_free else {"unembed.b_U": (section.vocab_size,)}
     for number in range(section.layers):
         biases |= {f"blocks.{number}.{name}": shape for name, shape in block.items()}
     return {_grouped_name(name): shape for name, shape in biases.items()} if grouped else biases
@@ -139,16 +143,22 @@ class TransformerLensSource(LinkedSource):
         file = _find_tensors(path)
         with TensorFile(file) as opened:
             names = list(opened.entries)
-            biases = _said_biases(file) or _guess_biases(opened, gated=values["activation"] == "swiglu")
-        section = as_section(values | biases, label)
+            said = _said(file) or _guess_biases(opened, gated=values["activation"] == "swiglu")
+        if values.get("norm_free") and "norm" not in said:
+            raise HarnessError(
+                f"{label}: normalization_type is None, and what the final norm was is not in {file.name}: such a model "
+                f"can be read where harness wrote it"
+            )
+        section = as_section(values | said, label)
         self._grouped = config.get("n_key_value_heads") is not None
         self._tokenizer: Tokenizer | None = None
         super().__init__(path, section, link_state(section, grouped=self._grouped), dict.fromkeys(names, file))
 
     def check_entries(self, entries: Mapping[str, TensorEntry]) -> None:
         zeros = zero_biases(self.section, grouped=self._grouped)
-        copied = self.section.tied_head and "unembed.W_U" in entries
-        aside = {"unembed.W_U", *zeros} if copied else set(zeros)
+        free = self.section.norm_free
+        copied = self.section.tied_head and "unembed.W_U" in entries and not free
+        aside = {"unembed.W_U", *zeros} if copied else {*zeros, *(unembed_shapes(self.section) if free else ())}
         super().check_entries(
             {name: entry for name, entry in entries.items() if name not in aside and not name.endswith(_BUFFERS)}
         )
@@ -164,6 +174,14 @@ class TransformerLensSource(LinkedSource):
                 raise HarnessError(
                     f"{file}: tensor unembed.W_U is not embed.W_E transposed, although {CONFIG} says "
                     f"tie_word_embeddings: set it to false there"
+                )
+            dtype = entries["embed.W_E"].dtype
+            assert dtype is not None  # by the check above
+            wrong = check_unembed(self, opened, dtype) if free else None
+            if wrong is not None:
+                raise HarnessError(
+                    f"{file}: tensor {wrong} is not what the tensors harness.… beside it make: it was changed, and "
+                    f"those alone could be read"
                 )
 
     def verify(self, share: tuple[int, int] = (0, 1)) -> list[str]:
@@ -188,12 +206,15 @@ def _find_tensors(path: Path) -> Path:
     raise HarnessError(f"{path}: has no {TENSORS}")
 
 
-def _said_biases(file: Path) -> dict[str, bool] | None:
-    """What the tensors' metadata says; None where harness did not write them."""
+def _said(file: Path) -> dict[str, Any] | None:
+    """What the tensors' metadata says of our section; None where harness did not write them."""
     with safe_open(file, framework="pt") as opened:
         said = opened.metadata() or {}
     keys = ("bias", "qkv_bias")
-    return {key: said[_SAID + key] == "true" for key in keys} if all(_SAID + key in said for key in keys) else None
+    if not all(_SAID + key in said for key in keys):
+        return None
+    norm = {"norm": said[_SAID + "norm"]} if _SAID + "norm" in said else {}
+    return {key: said[_SAID + key] == "true" for key in keys} | norm
 
 
 def _guess_biases(file: TensorFile, *, gated: bool) -> dict[str, bool]:
@@ -241,7 +262,9 @@ def write_transformer_lens(folder: Path, source: ModelSource, dtype: torch.dtype
     links, zeros = link_state(section, grouped=grouped), zero_biases(section, grouped=grouped)
     shapes = links.their_shapes | zeros
     copied: dict[str, Links] = {}
-    if section.tied_head:
+    if section.norm_free:
+        shapes |= unembed_shapes(section)
+    elif section.tied_head:
         box = whole(links.our_shapes["token_embedding.weight"])
         their_box = whole(box.shape[::-1])
         copied["unembed.W_U"] = Links([Link("token_embedding.weight", box, "unembed.W_U", their_box, transposed=True)])
@@ -250,14 +273,18 @@ def write_transformer_lens(folder: Path, source: ModelSource, dtype: torch.dtype
     def fetch(name: str) -> Tensor:
         if name in zeros:
             return torch.zeros(zeros[name], dtype=dtype)
+        if section.norm_free and name in (W_U, B_U):
+            return make_unembed(source, name, dtype)
         return fetch_linked(source, copied.get(name, links), dtype, name)
 
-    biases = {"bias": section.bias, "qkv_bias": section.has_qkv_bias}
+    said = {"bias": str(section.bias).lower(), "qkv_bias": str(section.has_qkv_bias).lower()}
+    if section.norm_free:
+        said["norm"] = section.norm
     written = write_tensor_file(
         folder / TENSORS,
         {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()},
         fetch=fetch,
-        metadata={"format": "pt", **{_SAID + key: str(value).lower() for key, value in biases.items()}},
+        metadata={"format": "pt", **{_SAID + key: value for key, value in said.items()}},
     )
     write_json(folder / CONFIG, config)
     if tokenizer is not None:

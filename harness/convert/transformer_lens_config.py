@@ -18,6 +18,7 @@ from .records import Fields
 Config = Mapping[str, Any]
 
 _NORMS = {"LN": "layernorm", "RMS": "rmsnorm"}
+_THEIR_NORMS = {ours: theirs for theirs, ours in _NORMS.items()}
 _FOLDED = "the norms' weights must be there (from_pretrained_no_processing keeps them)"
 _GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 """One function, computed in three ways."""
@@ -47,17 +48,17 @@ _FIXED: dict[str, Any] = {
 
 
 def read_config(config: Config, label: str) -> dict[str, Any]:
-    """Values of our section but for bias and qkv_bias, of which a HookedTransformerConfig says nothing.
+    """Values of our section but for those of which a HookedTransformerConfig says nothing: bias, qkv_bias, and, of a
+    model without norms, which kind there was.
 
     Raises HarnessError, naming the key, where the decoder cannot express the model.
     """
     fields = Fields(config, label)
     for key, wanted in _FIXED.items():
         fields.expect(key, wanted, default=wanted)
-    if config.get("normalization_type", "LN") is None:
-        raise fields.refusal("normalization_type", "the decoder has norms")
+    free = config.get("normalization_type", "LN") is None
     norm = fields.expect("normalization_type", *_NORMS, default="LN", why=_FOLDED)
-    if norm == "LN":
+    if norm == "LN" and not free:
         fields.expect("final_rms", False, default=False, why="one kind of norm all through")
     rotary = fields.expect("positional_embedding_type", "standard", "rotary", default="standard") == "rotary"
     gated = fields.expect("gated_mlp", False, True, default=False)
@@ -89,8 +90,7 @@ def read_config(config: Config, label: str) -> dict[str, Any]:
         "positions": "rope" if rotary else "learned",
         "rope_theta": fields.number("rotary_base", 10000),
         "rope_scaling": _read_scaling(fields) if rotary else None,
-        "norm": _NORMS[norm],
-        "norm_epsilon": fields.number("eps", 1e-5),
+        **({"norm_free": True} if free else {"norm": _NORMS[norm], "norm_epsilon": fields.number("eps", 1e-5)}),
         "activation": "swiglu" if gated else "gelu",
         "qk_norm": fields.expect("use_qk_norm", False, True, default=False),
         "logit_softcap": softcap if softcap > 0 else None,
@@ -140,7 +140,7 @@ def write_config(section: ModelSection) -> dict[str, Any]:
         "n_ctx": section.max_positions,
         "act_fn": "silu" if section.activation == "swiglu" else "gelu_new",
         "gated_mlp": section.activation == "swiglu",
-        "normalization_type": {ours: theirs for theirs, ours in _NORMS.items()}[section.norm],
+        "normalization_type": None if section.norm_free else _THEIR_NORMS[section.norm],
         "eps": section.norm_epsilon,
         "positional_embedding_type": "rotary" if rotary else "standard",
         "initializer_range": section.init_std,

@@ -9,6 +9,7 @@ from .build import build_decoder, initialise_masters
 from .config import LossSection, ModelSection, RopeScalingSection
 from .counts import ParameterCounts, count_parameters, flops_per_token
 from .decoder import Decoder
+from .norm_states import NormStates, SiteState, ordinary_tokens
 from .shapes import SHAPES
 from .sites import NormSite, Tap, norm_sites, spliced, tap_sites
 
@@ -19,14 +20,17 @@ __all__ = [
     "LossSection",
     "ModelSection",
     "NormSite",
+    "NormStates",
     "ParameterCounts",
     "RopeScalingSection",
+    "SiteState",
     "Tap",
     "build_decoder",
     "count_parameters",
     "flops_per_token",
     "initialise_masters",
     "norm_sites",
+    "ordinary_tokens",
     "spliced",
     "tap_sites",
 ]

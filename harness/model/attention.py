@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from harness.parallel import TensorParallel
 
 from .config import ModelSection
 from .dropout import Dropout
-from .norms import RMSNorm
+from .norm_choice import apply_norm, build_head_norm
 from .sites import Tap
 
 
@@ -49,6 +50,20 @@ class AttentionContext:
     """Sequences; under sequence parallelism an activation's shape doesn't say."""
     dropout_seed: int | None = None
     """What the dropouts of this pass derive their seeds from; None: nothing is dropped."""
+    ordinary: Tensor | None = None
+    """For the statistics of switchable norms: `ordinary_tokens` of what is passed between blocks; None: none are
+    taken."""
+    ordinary_inside: Tensor | None = None
+    """The same between `enter` and a row-parallel layer, (batch, sequence)."""
+
+
+class ValueScale(NamedTuple):
+    """What the values' site of a switchable norm has of its own; see Normed."""
+
+    ratio: Tensor
+    """(batch, sequence, 1): the input is this times what queries and keys get, but for `bias`."""
+    bias: Tensor | None
+    """(hidden,)."""
 
 
 class Attention(nn.Module):
@@ -58,28 +73,39 @@ class Attention(nn.Module):
     slice of rows is a whole number of groups, and a tensor-parallel shard.
     """
 
-    def __init__(self, section: ModelSection, tensor: TensorParallel, place: str) -> None:
+    def __init__(self, section: ModelSection, tensor: TensorParallel, place: str, switchable: bool = False) -> None:
         super().__init__()
-        self.width = section.head_width
+        self.tensor = tensor
+        self.width, self.hidden = section.head_width, section.hidden_size
         self.queries_per_group = section.heads // section.key_value_heads
         self.groups = section.key_value_heads // tensor.size  # on this rank
         rows = section.key_value_heads * (self.queries_per_group + 2) * self.width
         self.qkv = tensor.column_linear(section.hidden_size, rows, bias=section.has_qkv_bias)
         self.output = tensor.row_linear(section.heads * self.width, section.hidden_size, bias=section.bias)
-        self.q_norm = RMSNorm(self.width, section.norm_epsilon, tensor.on_heads) if section.qk_norm else None
-        self.k_norm = RMSNorm(self.width, section.norm_epsilon, tensor.on_heads) if section.qk_norm else None
+        self.q_norm = build_head_norm(section, tensor.on_heads, switchable=switchable)
+        self.k_norm = build_head_norm(section, tensor.on_heads, switchable=switchable)
         self.dropout = Dropout(section.dropout, tensor, f"{place}.weights", on="heads")
         self.q, self.k, self.v = Tap(), Tap(), Tap()
 
-    def forward(self, x: Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: AttentionContext,
+        cache: KeyValueCache | None = None,
+        values: ValueScale | None = None,
+    ) -> Tensor:
         """(batch, sequence, hidden) to the same shape, or to this rank's tokens of it where tokens are split."""
         batch, sequence, _ = x.shape
         split = [self.queries_per_group, 1, 1]
         q, k, v = self.qkv(x).view(batch, sequence, self.groups, sum(split), self.width).split(split, dim=3)
         q = self.q(q.reshape(batch, sequence, -1, self.width))
-        k, v = self.k(k.squeeze(3)), self.v(v.squeeze(3))
+        k, v = k.squeeze(3), v.squeeze(3)
+        if values is not None:
+            v = self._scaled(v, values)
+        k, v = self.k(k), self.v(v)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q = apply_norm(self.q_norm, q, context.ordinary_inside).output
+            k = apply_norm(self.k_norm, k, context.ordinary_inside).output
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if context.rotation is not None:
             q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
@@ -96,6 +122,19 @@ class Attention(nn.Module):
             enable_gqa=self.queries_per_group > 1,
         )
         return self.output(mixed.transpose(1, 2).reshape(batch, sequence, -1))
+
+    def _scaled(self, v: Tensor, values: ValueScale) -> Tensor:
+        """v (batch, sequence, kv heads, width) as it is with the values' own norm: all of it scaled but what comes from
+        the norm's bias and the projection's. Those are the projection of the bias alone: asked of the layer itself, so
+        that an engine that divides its weight gathers it there."""
+        ratio = values.ratio.unsqueeze(-1)
+        bias = values.bias
+        if bias is None and self.qkv.bias is None:
+            return (v * ratio).to(v.dtype)
+        row = v.new_zeros(self.hidden) if bias is None else self.tensor.on_heads(bias)
+        projected: Tensor = self.qkv(row[None, None])
+        constant = projected.view(self.groups, -1, self.width)[:, -1]
+        return (constant + (v - constant) * ratio).to(v.dtype)
 
 
 def rotation_tables(positions: Tensor, section: ModelSection, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from harness.parallel import Fragment, Placement, TensorParallel, derive_seed
 
 from .config import LossSection, ModelSection
 from .decoder import Decoder
+from .norm_states import NormStates
 
 
 def build_decoder(
@@ -24,16 +25,17 @@ def build_decoder(
     compile_blocks: bool = False,
     tensor: TensorParallel | None = None,
     divide: Callable[[nn.Module], None] | None = None,
+    switchable_norms: bool = False,
 ) -> Decoder:
     """A decoder in fp32 on `device`, its weights drawn from (seed, name, global shape): of those, this
     tensor-parallel rank's part.
 
     recompute: none, selective or full activation checkpointing of the blocks. `divide` is called with each block, and
     each other part, as soon as its weights are drawn, and may leave less of it here (ZeRO stage 3), so that no rank
-    ever holds all.
+    ever holds all. switchable_norms: with norms that norm removal can take away, through `Decoder.norm_states`.
     """
     with torch.device("meta"):
-        model = Decoder(section, loss or LossSection(), recompute, tensor)
+        model = Decoder(section, loss or LossSection(), recompute, tensor, switchable_norms=switchable_norms)
     placements = model.placements()
     for prefix, part in model.parts():
         if part is model.head and section.tied_head:
@@ -44,6 +46,8 @@ def build_decoder(
                 initialise(name, weight, placements[name], section, seed)
         if divide is not None:
             divide(part)
+    if switchable_norms:
+        model.norm_states = NormStates(model, section, model.tensor, torch.device(device))
     if compile_blocks:
         for block in model.layers:
             block.compile()

@@ -89,6 +89,10 @@ class ModelSection(Section):
     norm_epsilon: float = Field(1e-5, gt=0)
     """Added to the variance (LayerNorm) or the mean square (RMSNorm)."""
 
+    norm_free: bool = False
+    """No norm anywhere, as norm removal leaves a model: what the norms of the blocks did is folded into the weights,
+    and the final one is an affine map, (x - mean) * weight + bias (layernorm) or x * weight (rmsnorm)."""
+
     activation: Literal["gelu", "swiglu"]
     """GELU in its tanh form between two matrices, or SwiGLU with three (Shazeer, arXiv 2002.05202)."""
 
@@ -161,6 +165,8 @@ class ModelSection(Section):
             raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}")
         if self.positions == "learned" and self.rope_scaling is not None:
             raise ValueError("rope_scaling is said, but positions are learned; remove it")
+        if self.norm_free and self.qk_norm:
+            raise ValueError("norm_free says that there are no norms, qk_norm that heads have some; set one to false")
         if self.positions == "rope" and self.head_width % 2:
             raise ValueError(
                 f"rope turns pairs, and heads of width {self.head_width} are odd; change heads or set head_size"
@@ -197,6 +203,8 @@ class ModelSection(Section):
             del values["max_positions"]  # a limit, and no weights
         else:
             del values["rope_theta"]
+        if self.norm_free:
+            del values["norm_epsilon"]
         return values
 
     def padded_vocab_size(self, tensor_size: int = 1) -> int:

@@ -33,7 +33,8 @@ def count_parameters(section: ModelSection) -> ParameterCounts:
     matrices = hidden * qkv + queries * hidden + (ups + 1) * hidden * inner
     biases = (hidden + ups * inner + hidden if section.bias else 0) + (qkv if section.has_qkv_bias else 0)
     norm = hidden * (2 if section.norm == "layernorm" else 1)
-    block = matrices + biases + 2 * norm + (2 * section.head_width if section.qk_norm else 0)
+    block = matrices + biases + (2 * section.head_width if section.qk_norm else 0)
+    block += 0 if section.norm_free else 2 * norm
     head = section.vocab_size * hidden
     positions = (section.max_positions or 0) * hidden if section.positions == "learned" else 0
     blocks = section.layers * block + norm

@@ -13,27 +13,28 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from harness.kernels import LossOutput
 from harness.parallel import Placement, TensorParallel, place_parameters
 
-from .attention import Attention, AttentionContext, KeyValueCache, rotation_tables
+from .attention import Attention, AttentionContext, KeyValueCache, ValueScale, rotation_tables
 from .config import LossSection, ModelSection
 from .dropout import Dropout
 from .head import Head, Reduction
 from .mlp import build_mlp
-from .norms import build_norm
+from .norm_choice import apply_norm, build_norm
+from .norm_states import NormStates, ordinary_tokens
 from .sites import Tap
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), with a tap at every place that sites.py names."""
 
-    def __init__(self, section: ModelSection, tensor: TensorParallel, place: str) -> None:
+    def __init__(self, section: ModelSection, tensor: TensorParallel, place: str, switchable: bool) -> None:
         super().__init__()
         self.tensor = tensor
         self.residual_before = Tap()
-        self.attention_norm = build_norm(section.norm, section.hidden_size, section.norm_epsilon, tensor.on_tokens)
-        self.attention = Attention(section, tensor, f"{place}.attention")
+        self.attention_norm = build_norm(section, tensor.on_tokens, sites=2 if switchable else None)
+        self.attention = Attention(section, tensor, f"{place}.attention", switchable)
         self.attention_out = Tap()
         self.residual_between = Tap()
-        self.mlp_norm = build_norm(section.norm, section.hidden_size, section.norm_epsilon, tensor.on_tokens)
+        self.mlp_norm = build_norm(section, tensor.on_tokens, sites=1 if switchable else None)
         self.mlp = build_mlp(section, tensor)
         self.mlp_out = Tap()
         self.residual_after = Tap()
@@ -43,9 +44,14 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> Tensor:
         seed = context.dropout_seed
         x = self.residual_before(x)
-        attended = self.attention(self.tensor.enter(self.attention_norm(x), context.batch), context, cache)
+        normed = apply_norm(self.attention_norm, x, context.ordinary)
+        values = None
+        if normed.ratio is not None:
+            values = ValueScale(self.tensor.enter(normed.ratio, context.batch), normed.bias)
+        attended = self.attention(self.tensor.enter(normed.output, context.batch), context, cache, values)
         x = self.residual_between(x + self.attention_out(self.attention_dropout(attended, seed)))
-        expanded = self.mlp(self.tensor.enter(self.mlp_norm(x), context.batch))
+        normed = apply_norm(self.mlp_norm, x, context.ordinary)
+        expanded = self.mlp(self.tensor.enter(normed.output, context.batch))
         return self.residual_after(x + self.mlp_out(self.mlp_dropout(expanded, seed)))
 
 
@@ -63,6 +69,8 @@ class Decoder(nn.Module):
         loss: LossSection,
         recompute: str = "none",
         tensor: TensorParallel | None = None,
+        *,
+        switchable_norms: bool = False,
     ) -> None:
         super().__init__()
         self.section, self.recompute = section, recompute
@@ -73,11 +81,17 @@ class Decoder(nn.Module):
             assert section.max_positions is not None
             self.position_embedding = nn.Embedding(section.max_positions, section.hidden_size)
         self.dropout = Dropout(section.dropout, tensor, "embedding", on="all")
-        self.layers = nn.ModuleList(Block(section, tensor, f"layers.{i}") for i in range(section.layers))
+        self.layers = nn.ModuleList(
+            Block(section, tensor, f"layers.{i}", switchable_norms) for i in range(section.layers)
+        )
         self.final_residual = Tap()
-        self.final_norm = build_norm(section.norm, section.hidden_size, section.norm_epsilon, tensor.on_tokens)
+        self.final_norm = build_norm(section, tensor.on_tokens, final=True, sites=1 if switchable_norms else None)
         self.head = Head(section, loss, tensor)
         self.tie_head()
+        self.norm_states: NormStates | None = None
+        """Of a decoder with switchable norms, once `build_decoder` has placed it."""
+        self.end_of_text: int | None = None
+        """The token that the statistics of switchable norms set apart, with the first of every document."""
 
     def tie_head(self) -> None:
         """Let a tied head use the token embedding's parameter."""
@@ -135,6 +149,9 @@ class Decoder(nn.Module):
         drops = self.training and self.section.dropout > 0.0
         seed = self.tensor.forward_seeds.draw() if drops else None
         context = AttentionContext(rotation, mask, len(tokens), seed)
+        if self.norm_states is not None and self.training:
+            context.ordinary_inside = ordinary_tokens(tokens, document_ids, self.end_of_text)
+            context.ordinary = self.tensor.split_flags(context.ordinary_inside)
         x = self.tensor.split(self.dropout(x, seed))
         for number, block in enumerate(self.layers):
             if caches is not None:
@@ -143,7 +160,7 @@ class Decoder(nn.Module):
                 x = checkpoint(block, x, context, use_reentrant=False, **self._recompute_options())
             else:
                 x = block(x, context)
-        return self.final_norm(self.final_residual(x))
+        return apply_norm(self.final_norm, self.final_residual(x), context.ordinary).output
 
     def placements(self) -> dict[str, Placement]:
         """Where this rank's part of every parameter lies. Padding rows of the embedding and the head belong to no

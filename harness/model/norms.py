@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm."""
+"""LayerNorm and RMSNorm, and the affine map that stands where the final one was removed."""
 
 from __future__ import annotations
 
@@ -39,6 +39,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.share(self.weight), self.epsilon)
 
 
-def build_norm(kind: str, size: int, epsilon: float, share: Share) -> nn.Module:
-    """The norm that a `model.norm` setting names."""
-    return {"layernorm": LayerNorm, "rmsnorm": RMSNorm}[kind](size, epsilon, share)
+class Affine(nn.Module):
+    """What a removed norm leaves: (x - mean) * weight + bias with `centre`, else x * weight."""
+
+    def __init__(self, size: int, centre: bool, share: Share) -> None:
+        super().__init__()
+        self.share = share
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size)) if centre else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return x * self.share(self.weight)
+        centred = x - x.mean(-1, keepdim=True)
+        return torch.addcmul(self.share(self.bias), centred, self.share(self.weight))

@@ -8,16 +8,19 @@ An activation site is a `Tap`: the identity until a replacement function is inst
     layers.{i}.mlp_out           what the MLP adds
     layers.{i}.residual_after    residual stream leaving block i
     final_residual               residual stream entering the final norm
-A norm site is (layer, kind): `mlp`; `qk` and `v`, both served by the attention norm; `final`.
+A norm site is a place where a norm's output is used, (layer, kind): `qk` and `v`, both served by the attention norm;
+`q_norm` and `k_norm`, where heads have norms of their own; `mlp`; and `final`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+
+from .config import ModelSection
 
 Replacement = Callable[[Tensor], Tensor]
 
@@ -39,12 +42,20 @@ class NormSite:
     """A place where a norm's output is used; a module may serve two."""
 
     layer: int | None
+    """None for the final norm."""
     kind: str
-    module: nn.Module
+    """qk, v, q_norm, k_norm, mlp or final."""
 
     @property
     def name(self) -> str:
         return self.kind if self.layer is None else f"layers.{self.layer}.{self.kind}"
+
+    @property
+    def module(self) -> str:
+        """The name of the module that serves it."""
+        modules = {"qk": "attention_norm", "v": "attention_norm", "mlp": "mlp_norm", "final": "final_norm"}
+        place = modules.get(self.kind, f"attention.{self.kind}")
+        return place if self.layer is None else f"layers.{self.layer}.{place}"
 
 
 def tap_sites(model: nn.Module) -> dict[str, Tap]:
@@ -53,21 +64,17 @@ def tap_sites(model: nn.Module) -> dict[str, Tap]:
     return {name.replace(".attention.", "."): tap for name, tap in taps.items()}
 
 
-def norm_sites(model: nn.Module) -> list[NormSite]:
-    """Every norm site of a decoder, in the order of the forward pass."""
-    sites = []
-    for number, block in enumerate(model.get_submodule("layers").children()):
-        attention_norm, mlp_norm = block.get_submodule("attention_norm"), block.get_submodule("mlp_norm")
-        sites += [
-            NormSite(number, "qk", attention_norm),
-            NormSite(number, "v", attention_norm),
-            NormSite(number, "mlp", mlp_norm),
-        ]
-    return [*sites, NormSite(None, "final", model.get_submodule("final_norm"))]
+def norm_sites(section: ModelSection) -> list[NormSite]:
+    """Every norm site of the decoder that a section describes, in the order of the forward pass; none where it is
+    free of norms."""
+    if section.norm_free:
+        return []
+    kinds = ["qk", "v", *(["q_norm", "k_norm"] if section.qk_norm else []), "mlp"]
+    return [*(NormSite(layer, kind) for layer in range(section.layers) for kind in kinds), NormSite(None, "final")]
 
 
 @contextmanager
-def spliced(model: nn.Module, replacements: dict[str, Replacement]) -> Iterator[None]:
+def spliced(model: nn.Module, replacements: Mapping[str, Replacement]) -> Iterator[None]:
     """Within the block, the activation at each named site is what its function returns for it.
 
     Raises ValueError for a name that is no site, or one that is replaced already.

@@ -127,6 +127,12 @@ class ParallelLayout:
             dist.all_reduce(tensor, group=self.data_group)
         return tensor
 
+    def sum_over_all(self, tensor: Tensor) -> Tensor:
+        """`tensor`, summed in place over all ranks; the same bits on all."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
     def all_max(self, numbers: Sequence[int]) -> list[int]:
         """The largest that any rank came with, number by number."""
         whole = [int(number) for number in numbers]

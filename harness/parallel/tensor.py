@@ -78,6 +78,10 @@ class TensorParallel:
         """From an activation (batch, sequence, width) that all ranks have to what is passed between blocks."""
         return SplitTokens.apply(x.flatten(0, -2), self.group) if self.splits_tokens else x
 
+    def split_flags(self, flags: Tensor) -> Tensor:
+        """bool (batch, sequence), the same on all ranks, of the tokens that `split` leaves on this one."""
+        return flags.flatten().chunk(self.size)[self.rank] if self.splits_tokens else flags
+
     def enter(self, x: Tensor, batch: int) -> Tensor:
         """From what is passed between blocks to (batch, sequence, width), the same on all ranks, before
         column-parallel layers."""
@@ -103,6 +107,13 @@ class TensorParallel:
             yield
         finally:
             self.splits_tokens = before
+
+    def sum_over_tokens(self, x: Tensor) -> Tensor:
+        """A sum over what this rank has of an activation passed between blocks, made one over all its tokens, in
+        place; without gradient."""
+        if self.splits_tokens:
+            torch.distributed.all_reduce(x, group=self.group)
+        return x
 
     def gather_columns(self, x: Tensor, start: int, rows: int) -> Tensor:
         """(..., rows) on all ranks from each rank's columns from `start` on; without gradient."""

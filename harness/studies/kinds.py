@@ -9,7 +9,7 @@ from types import ModuleType
 
 from harness.config import ConfigError, read_yaml
 
-KINDS = ("selection",)
+KINDS = ("norm_removal", "selection")
 """Each a room of this one, with `plan`, `run`, `status` and `report`."""
 
 

@@ -31,7 +31,7 @@ prepare_job() {
     NNODES=$SLURM_JOB_NUM_NODES
     RDZV_ID=$SLURM_JOB_ID
     unset NODE_RANK RDZV_ENDPOINT RDZV_IS_HOST RDZV_LOCAL_ADDR # of the shell that called sbatch
-    export MASTER_ADDR MASTER_PORT NNODES RDZV_ID NPROC_PER_NODE VENV OMP_NUM_THREADS JOIN_TIMEOUT_SECONDS
+    export VERB MASTER_ADDR MASTER_PORT NNODES RDZV_ID NPROC_PER_NODE VENV OMP_NUM_THREADS JOIN_TIMEOUT_SECONDS
     # srun does not take this from sbatch since SLURM 22.05, and would give each task a single core.
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
         export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK

@@ -51,6 +51,8 @@ def hooked_logits(state: dict[str, Tensor], config: dict[str, Any], tokens: Tens
     count, heads, width = tokens.shape[1], config["n_heads"], config["d_head"]
 
     def norm(x: Tensor, name: str, *, centre: bool) -> Tensor:
+        if config["normalization_type"] is None:
+            return x
         x = x - x.mean(-1, keepdim=True) if centre else x
         x = x / (x.pow(2).mean(-1, keepdim=True) + config["eps"]).sqrt() * state[f"{name}.w"]
         return x + state[f"{name}.b"] if centre else x

@@ -44,6 +44,14 @@ def refused(script: Path, arguments: list[str], variables: dict[str, str]) -> st
     return done.stderr.strip()
 
 
+@pytest.mark.parametrize("script", [LOCAL, TORCHRUN], ids=lambda script: script.name)
+def test_the_verb_is_what_starts(script: Path) -> None:
+    known = {"NPROC_PER_NODE": "2", **(STATIC if script == TORCHRUN else {})}
+    place = command(script, **known).index("harness")
+    assert command(script, **known)[place + 1] == "train"
+    assert command(script, **known, VERB="remove-norms")[place + 1] == "remove-norms"
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_clean(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
@@ -70,6 +78,7 @@ def test_shellcheck_finds_nothing() -> None:
         ({"NPROC_PER_NODE": "gpu"}, "NPROC_PER_NODE=gpu: should be"),
         ({"OMP_NUM_THREADS": "-1"}, "OMP_NUM_THREADS=-1: should be"),
         ({"VENV": "/absent"}, "VENV=/absent: has no bin/python"),
+        ({"VERB": "evaluate"}, "VERB=evaluate: should be train or remove-norms"),
     ],
 )
 @pytest.mark.parametrize("script", [LOCAL, TORCHRUN], ids=lambda script: script.name)

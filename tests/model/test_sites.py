@@ -60,10 +60,12 @@ def test_taps_leave_no_trace_in_the_state() -> None:
 
 
 def test_norm_sites_are_three_a_block_and_one() -> None:
-    model = build_decoder(SECTIONS["llama"], seed=0)
-    sites = norm_sites(model)
+    section = SECTIONS["llama"]
+    sites = norm_sites(section)
     assert [site.name for site in sites] == [
         "layers.0.qk", "layers.0.v", "layers.0.mlp", "layers.1.qk", "layers.1.v", "layers.1.mlp", "final",
     ]  # fmt: skip
-    assert sites[0].module is sites[1].module is model.layers[0].attention_norm
-    assert sites[-1].module is model.final_norm
+    modules = dict(build_decoder(section, seed=0).named_modules())
+    assert all(site.module in modules for site in sites)
+    assert sites[0].module == sites[1].module == "layers.0.attention_norm"
+    assert norm_sites(section.model_copy(update={"norm_free": True})) == []

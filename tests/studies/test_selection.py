@@ -20,15 +20,16 @@ from harness.config import ConfigError, HarnessError, plain
 from harness.data import TokenizerSection, open_tokenizer
 from harness.model import ModelSection, build_decoder
 from harness.settings import Settings
+from harness.studies.changes import check_settings
+from harness.studies.files import claimed
 from harness.studies.selection import training
 from harness.studies.selection.analysis import analyse, read_results
 from harness.studies.selection.config import SelectionStudySection
 from harness.studies.selection.evaluation import ItemScores, item_nats
-from harness.studies.selection.files import claimed
 from harness.studies.selection.grid import cells
 from harness.studies.selection.items import read_items
 from harness.studies.selection.summary import write_report
-from harness.studies.selection.work import check_settings, run_cells
+from harness.studies.selection.work import decisive_settings, run_cells
 from tests.studies.small_study import small_study
 
 RECIPE = {"seen_tokens": 2000, "optimizer": {"learning_rate": 1e-2}, "schedule": {"kind": "constant"}}
@@ -196,13 +197,17 @@ def test_what_is_held_back_waits_for_confirmation(tmp_path: Path) -> None:
     assert set(cells(config)) < set(cells(confirmed))
 
 
+def check(config: SelectionStudySection) -> None:
+    check_settings(config.path, decisive_settings(config))
+
+
 def test_other_settings_are_refused_and_more_arms_are_not(finished: SelectionStudySection) -> None:
-    check_settings(finished)
-    check_settings(finished.model_copy(update={"arms": finished.arms[:1], "seeds": 9, "workers": 5}))
-    check_settings(finished)
+    check(finished)
+    check(finished.model_copy(update={"arms": finished.arms[:1], "seeds": 9, "workers": 5}))
+    check(finished)
     for changed in ({"budget_tokens": 1300}, {"scratch": finished.scratch.model_copy(update={"seen_tokens": 1})}):
         with pytest.raises(HarnessError, match=f"another {next(iter(changed))}"):
-            check_settings(finished.model_copy(update=changed))
+            check(finished.model_copy(update=changed))
 
 
 def test_the_report_says_what_there_is(finished: SelectionStudySection) -> None:
@@ -237,7 +242,7 @@ def test_the_verbs(finished: SelectionStudySection, tmp_path: Path, capsys: pyte
     assert "report.html" in capsys.readouterr().out
     file.write_text("kind: ladders\n")
     assert main(["study", "run", str(file)]) == 2
-    assert "'ladders' is no kind of study; known: selection" in capsys.readouterr().err
+    assert "'ladders' is no kind of study; known: norm_removal, selection" in capsys.readouterr().err
 
 
 def test_mistakes_in_a_configuration_are_said(tmp_path: Path) -> None:

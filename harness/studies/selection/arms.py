@@ -16,9 +16,9 @@ from harness.disk import write_whole
 from harness.parallel import derive_seed
 from harness.selection import Targets, open_scorer
 
+from ..files import locked
 from .config import ArmSection, SelectionStudySection, TargetSection
 from .dsir import gumbel_order, log_weights
-from .files import locked
 from .items import target_texts
 from .pool import Pool
 

@@ -22,8 +22,8 @@ from harness.data import CorpusSection, DataSection, load_tokenizer, prepare
 from harness.disk import write_whole
 from harness.parallel import derive_seed
 
+from ..files import locked, write_json
 from .config import PoolSourceSection, SelectionStudySection
-from .files import locked, write_json
 from .items import evaluation_texts, read_texts, target_texts
 
 logger = logging.getLogger("harness.studies")

@@ -18,10 +18,10 @@ from harness.parallel import derive_seed
 from harness.settings import Settings
 from harness.train import train
 
+from ..files import locked, write_json
 from .arms import Choice, Chooser
 from .config import SHARED, RecipeSection, SelectionStudySection
 from .evaluation import ItemScores
-from .files import locked, write_json
 from .grid import Cell, evaluated_targets
 from .items import evaluation_texts
 from .pool import Pool

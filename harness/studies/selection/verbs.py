@@ -11,10 +11,12 @@ from harness.config import load_config
 from harness.model import count_parameters, flops_per_token
 from harness.runs import configure_logging
 
+from ..changes import check_settings
+from ..workers import run_workers
 from .config import RecipeSection, SelectionStudySection
 from .grid import Cell, cells
 from .pool import open_pool
-from .work import check_budgets, check_settings, run_workers
+from .work import check_budgets, decisive_settings, run_cells
 
 CORE_FLOPS = 5e10
 """fp32 FLOP/s of one CPU core, of which models this small reach about a half."""
@@ -53,10 +55,10 @@ def run(config_path: Path, overrides: Sequence[str] = ()) -> None:
     """Make the pool if it is not there, then do every cell that is missing."""
     config = _load(config_path, overrides)
     configure_logging()
-    check_settings(config)
+    check_settings(config.path, decisive_settings(config))
     pool = open_pool(config)
     check_budgets(config, pool)
-    run_workers(config)
+    run_workers(run_cells, config, config.path, config.workers)
     status(config_path, overrides)
 
 
