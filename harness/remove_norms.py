@@ -119,7 +119,7 @@ def prove_run(
         windows=settings.norm_removal.proof_windows,
         device=device,
     )
-    text = json.dumps(proof.as_json(), indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(proof.as_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     (run / FOLDED / PROOF).write_text(text, encoding="utf-8")
     return proof
 

@@ -170,7 +170,7 @@ class Decoder(nn.Module):
         return place_parameters(self, self.tensor, dict.fromkeys(names, self.section.vocab_size))
 
     def logits(self, tokens: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
-        """fp32 logits (batch, sequence, vocab_size), for generation and proofs."""
+        """fp32 logits (batch, sequence, vocab_size), float64 of a float64 model, for generation and proofs."""
         with self.tensor.whole_tokens():
             return self.head.logits(self.hidden_states(tokens, caches=caches))
 

@@ -78,8 +78,10 @@ class Head(nn.Module):
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """fp32 logits (..., vocab_size) of hidden (..., H): for generation and proofs, never in training."""
+        """fp32 logits (..., vocab_size) of hidden (..., H), float64 of a float64 model: for generation and proofs,
+        never in training."""
         shard = self.shards[False]
-        logits = nn.functional.linear(hidden, self.weight[: shard.columns]).float()
+        logits = nn.functional.linear(hidden, self.weight[: shard.columns])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits = self.tensor.gather_columns(logits, shard.start, shard.vocab_size)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -34,18 +35,6 @@ class Gap:
         return self.same_top == self.tokens
 
 
-def logits_of(model: Decoder) -> Logits:
-    """In the model's own dtype: Decoder.logits rounds to fp32, which would hide what float64 is to show."""
-
-    def logits(tokens: Tensor) -> Tensor:
-        weight = model.head.weight[: model.section.vocab_size]
-        whole = nn.functional.linear(model.hidden_states(tokens), weight)
-        cap = model.section.logit_softcap
-        return whole if cap is None else cap * torch.tanh(whole / cap)
-
-    return logits
-
-
 @torch.no_grad()
 def logit_gap(reference: Logits, other: Logits, batches: Sequence[Tensor]) -> Gap:
     """Both on the same batches. Where the reference's two likeliest tokens tie, to within fp32's resolution of its
@@ -66,13 +55,19 @@ def logit_gap(reference: Logits, other: Logits, batches: Sequence[Tensor]) -> Ga
 def superposition_error(model: Decoder, tokens: Tensor, generator: torch.Generator) -> float:
     """|f(ax + by) - af(x) - bf(y) - (1 - a - b)f(0)| / |f(ax + by) - f(0)|, largest over pairs of residual vectors x, y
     of the model's own, with a and b drawn from the normal distribution: 0 where the map f from the final residual
-    stream to the logits is affine."""
-    x = final_residual(model, tokens).flatten(0, -2)
+    stream to the logits is affine. f is computed in float64, or where ax + by is small rounding would look like a
+    bend."""
+    norm, head = deepcopy(model.final_norm).double(), deepcopy(model.head).double()
+
+    def read_out(residual: Tensor) -> Tensor:
+        return head.logits(_normed(norm, residual))
+
+    x = final_residual(model, tokens).flatten(0, -2).double()
     y = x[torch.randperm(len(x), generator=generator).to(x.device)]
     a, b = torch.randn(2, len(x), 1, generator=generator, dtype=torch.float64).to(x)
-    at_zero = _read_out(model, torch.zeros_like(x[:1]))
-    together = _read_out(model, a * x + b * y) - at_zero
-    apart = a * (_read_out(model, x) - at_zero) + b * (_read_out(model, y) - at_zero)
+    at_zero = read_out(torch.zeros_like(x[:1]))
+    together = read_out(a * x + b * y) - at_zero
+    apart = a * (read_out(x) - at_zero) + b * (read_out(y) - at_zero)
     return float(((together - apart).norm(dim=-1) / together.norm(dim=-1)).max())
 
 
@@ -146,12 +141,12 @@ def final_residual(model: Decoder, tokens: Tensor) -> Tensor:
 
 def _final(model: Decoder, residual: Tensor) -> Tensor:
     """The final norm's output."""
-    out = model.final_norm(residual)
+    return _normed(model.final_norm, residual)
+
+
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    out = norm(x)
     return out if isinstance(out, Tensor) else out.output
-
-
-def _read_out(model: Decoder, residual: Tensor) -> Tensor:
-    return model.head.logits(_final(model, residual))
 
 
 def _held(model: Decoder, part: Tensor, x: Tensor) -> Tensor:

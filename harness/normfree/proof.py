@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from harness.data import Batch, DataSection, EvaluationWindows, prepare_for_trai
 from harness.evaluate import read_model, restore
 from harness.model import Decoder
 
-from .exactness import Gap, attribution_error, logit_gap, logits_of, norm_operations, operations, superposition_error
+from .exactness import Gap, attribution_error, logit_gap, norm_operations, operations, superposition_error
 from .quality import Quality, freezing_cost, measure, rare_tokens, site_statistics
 from .source import FoldedSource, read_exactly
 from .statistics import Average
@@ -102,8 +103,10 @@ class NormFreeProof:
         return self.freezing_cost is not None and self.freezing_cost >= RESULT_NATS
 
     def as_json(self) -> dict[str, Any]:
+        """For json.dumps; None where a number is none."""
         values = asdict(self)
-        return {"holds": self.holds, "failures": self.failures, "gaps_are_results": self.gaps_are_results, **values}
+        whole = {"holds": self.holds, "failures": self.failures, "gaps_are_results": self.gaps_are_results, **values}
+        return {name: _finite(value) for name, value in whole.items()}
 
     def lines(self) -> list[str]:
         """The proof as it is printed."""
@@ -179,15 +182,21 @@ def prove(
     batches = [batch.to(device) for _, batch in held_out]
     some = [batch.tokens for batch in batches[: max(16 // max(len(batches[0].tokens), 1), 1)]]
 
-    start = None if original is None else restore(original, device=device, switchable_norms=True)
+    def restored(place: Path, switchable_norms: bool = False) -> Decoder:
+        found = restore(place, device=device, switchable_norms=switchable_norms)
+        if found.tokenizer.fingerprint != prepared.tokenizer.fingerprint:
+            raise HarnessError(f"{place}: has another tokenizer than {run}; its losses cannot be compared")
+        return found.model
+
+    start = None if original is None else restored(original, switchable_norms=True)
     generator = torch.Generator().manual_seed(0)
     first = batches[0]
     targets = first.targets.clamp(min=0)
     frozen.end_of_text = tokenizer.eod
     if start is not None:
-        start.model.end_of_text = tokenizer.eod
-    models = {} if start is None else {"original": start.model}
-    models |= {name: restore(place, device=device).model for name, place in (controls or {}).items()}
+        start.end_of_text = tokenizer.eod
+    models = {} if start is None else {"original": start}
+    models |= {name: restored(place) for name, place in (controls or {}).items()}
     models["norm-free"] = saved
     rows = min(8, len(batches) * len(first.tokens))
     text = torch.cat([batch.tokens.flatten() for batch in batches]).cpu()
@@ -200,21 +209,21 @@ def prove(
         quality[name] = {"validation": on_text, "rare bytes": measure(model, probe)[0]}
     graph = torch.cat(some)[:2]
     return NormFreeProof(
-        folded_fp64=logit_gap(logits_of(frozen), logits_of(exact), some),
-        folded_fp32=logit_gap(logits_of(frozen), logits_of(saved), some),
-        frozen_fp32=logit_gap(logits_of(frozen), logits_of(read_model(source, device=device).eval()), some),
+        folded_fp64=logit_gap(frozen.logits, exact.logits, some),
+        folded_fp32=logit_gap(frozen.logits, saved.logits, some),
+        frozen_fp32=logit_gap(frozen.logits, read_model(source, device=device).eval().logits, some),
         loaded=_in_transformers(huggingface, frozen, some),
         superposition=superposition_error(saved, first.tokens, generator),
-        superposition_with_norms=None if start is None else superposition_error(start.model, first.tokens, generator),
+        superposition_with_norms=None if start is None else superposition_error(start, first.tokens, generator),
         attribution=attribution_error(saved, first.tokens, targets),
-        attribution_with_norms=None if start is None else attribution_error(start.model, first.tokens, targets),
+        attribution_with_norms=None if start is None else attribution_error(start, first.tokens, targets),
         norm_operations=norm_operations(operations(saved, graph)),
         norm_operations_before=norm_operations(operations(frozen, graph)),
         sites=_sites(frozen, batches, {site: state.sigma for site, state in source.norm_states.items()}),
-        sites_before={} if start is None else _sites(start.model, batches, {}),
+        sites_before={} if start is None else _sites(start, batches, {}),
         quality=quality,
         missing_bytes=missing,
-        freezing_cost=None if start is None else freezing_cost(start.model, batches, batches),
+        freezing_cost=None if start is None else freezing_cost(start, batches, batches),
         gaps={name: _paired(losses["norm-free"], losses[name], batches) for name in models if name != "norm-free"},
     )
 
@@ -229,7 +238,7 @@ def _in_transformers(folder: Path | str, frozen: Decoder, batches: Sequence[Tens
 
     logging.disable_progress_bar()
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(batches[0].device)
-    return logit_gap(logits_of(frozen), lambda tokens: loaded(tokens).logits, batches)
+    return logit_gap(frozen.logits, lambda tokens: loaded(tokens).logits, batches)
 
 
 def _sites(
@@ -253,6 +262,13 @@ def _paired(mine: np.ndarray, theirs: np.ndarray, batches: Sequence[Batch]) -> d
     spread = totals - mean * counts  # of a ratio of sums, to first order
     error = np.sqrt((spread**2).sum() * len(counts) / max(len(counts) - 1, 1)) / counts.sum()
     return {"nats": float(mean), "standard_error": float(error)}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _gap(gap: Gap) -> str:

@@ -78,17 +78,18 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
 
 def rare_tokens(tokenizer: Tokenizer, text: Tensor, rows: int, length: int, seed: int) -> tuple[list[Batch], int]:
     """A probe of what is seldom seen: rows that begin with `text` (int64, at least rows x length / 2 tokens) and go on
-    with the tokens of all 256 single bytes in random order. Targets are those alone. Also how many bytes have no token
-    of their own, and are left out."""
+    with the tokens of all 256 single bytes in random order, one row going on where the row before ends, and then from
+    the first in another order. Targets are those alone. Also how many bytes have no token of their own, and are left
+    out."""
     single = {piece: number for number, piece in enumerate(tokenizer.pieces) if len(piece) == 1}
     ids = torch.tensor([number for _, number in sorted(single.items())])
     generator = torch.Generator().manual_seed(seed)
     half = length // 2
     tokens = torch.empty(rows, length + 1, dtype=torch.int64)
     tokens[:, :half] = text[: rows * half].view(rows, half)
-    for row in tokens:
-        fill = torch.cat([ids[torch.randperm(len(ids), generator=generator)] for _ in range(length // len(ids) + 1)])
-        row[half:] = fill[: length + 1 - half]
+    wanted = rows * (length + 1 - half)
+    orders = [torch.randperm(len(ids), generator=generator) for _ in range(-(-wanted // len(ids)))]
+    tokens[:, half:] = ids[torch.cat(orders)][:wanted].view(rows, -1)
     targets = tokens[:, 1:].clone()
     targets[:, : half - 1] = IGNORED
     return [Batch(tokens[:, :-1].contiguous(), targets)], 256 - len(ids)

@@ -17,7 +17,6 @@ from harness.normfree import FoldedSource, freezing_cost, measure, site_statisti
 from harness.normfree.exactness import (
     attribution_error,
     logit_gap,
-    logits_of,
     norm_operations,
     operations,
     superposition_error,
@@ -104,11 +103,11 @@ def test_a_wrong_sigma_or_a_disturbed_weight_shows(kind: str) -> None:
     source = FrozenSource(KINDS[kind], generator)
     frozen = frozen_decoder(source.section, source.weights, source.norm_states)
     tokens = [residual_inputs(source.section, generator)]
-    good = logit_gap(logits_of(frozen), logits_of(read_model(FoldedSource(source)).eval()), tokens)
+    good = logit_gap(frozen.logits, read_model(FoldedSource(source)).eval().logits, tokens)
     assert good.relative < 1e-5
     name = "layers.1.v"
     source.norm_states[name] = SiteState(1.0, source.norm_states[name].sigma * 1.001)
-    assert logit_gap(logits_of(frozen), logits_of(read_model(FoldedSource(source)).eval()), tokens).relative > 2e-5
+    assert logit_gap(frozen.logits, read_model(FoldedSource(source)).eval().logits, tokens).relative > 2e-5
 
 
 def batches_of(count: int = 3) -> list[Batch]:

@@ -123,7 +123,7 @@ def _measure_source(config: NormRemovalStudySection, folder: Path) -> dict[str, 
     model.end_of_text = restored.tokenizer.eod
     batches = [batch for _, batch in _windows(config)]
     counts = count_parameters(model.section)
-    settings = RunSource(folder).details
+    checkpoint = {name: value for name, value in RunSource(folder).details.items() if name != "path"}
     tokens = config.source.steps * config.source.sequences * config.data.sequence_length
     prepared = prepare_for_training(config.data)
     unique = sum(prepared.split(corpus.name, "train").tokens for corpus in config.data.corpora)
@@ -139,7 +139,7 @@ def _measure_source(config: NormRemovalStudySection, folder: Path) -> dict[str, 
         "freezing_cost": freezing_cost(model, batches, batches),
         **_measured(config, folder),
         "curve": _curve(read(folder).metrics),
-        "checkpoint": settings,
+        "checkpoint": checkpoint,
     }
 
 

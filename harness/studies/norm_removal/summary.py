@@ -54,11 +54,11 @@ def tables(config: NormRemovalStudySection, analysis: dict[str, Any]) -> dict[st
             [
                 family,
                 f"{source['parameters']['total']:,}",
-                round(source["tokens_a_parameter"], 1),
-                round(source["epochs"], 2),
+                f"{source['tokens_a_parameter']:.1f}",
+                f"{source['epochs']:.2f}",
                 f"{source['quality']['mean']:.4f}",
-                round(ratios[-1], 1),
-                round(ratios[len(ratios) // 2], 1),
+                f"{ratios[-1]:.1f}",
+                f"{ratios[len(ratios) // 2]:.1f}",
                 f"{source['freezing_cost']:.3f}",
             ]
         )
@@ -83,7 +83,7 @@ def gap(value: dict[str, Any] | None) -> str:
     if value is None:
         return ""
     spread = value["over_seeds"]
-    return f"{value['nats']:+.4f}" + ("" if spread is None else f" ± {spread:.4f}")
+    return f"{value['nats']:+.4f}" + ("" if spread is None else f"\u00a0±\u00a0{spread:.4f}")
 
 
 def without_places(config: NormRemovalStudySection) -> NormRemovalStudySection:
@@ -103,8 +103,8 @@ def extent(analysis: dict[str, Any]) -> str:
     weak = [family for family, source in analysis["sources"].items() if source["freezing_cost"] < 0.2]
     if weak:
         said += (
-            f" Freezing all norms of {' and '.join(weak)} without training costs less than 0.2 nats: its gaps are no "
-            f"result."
+            f" Freezing all norms of {' and '.join(weak)} without training costs less than 0.2 nats: the gaps there "
+            f"are no result."
         )
     return said
 

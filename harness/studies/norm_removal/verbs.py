@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import load_config, plain
-from harness.data import prepare_for_training
+from harness.data import TokenizerSection, open_tokenizer, prepare_for_training
 from harness.model import count_parameters, flops_per_token, norm_sites
 from harness.runs import configure_logging
 
@@ -22,12 +22,12 @@ CORE_FLOPS = 5e10
 
 
 def plan(config_path: Path, overrides: Sequence[str] = ()) -> None:
-    """Print what the study trains and about what it costs. Reads nothing but the configuration."""
+    """Print what the study trains and about what it costs. Reads no text."""
     config = _load(config_path, overrides)
     length = config.data.sequence_length
     total = 0.0
     for family, model in config.families.items():
-        section = model.model_copy(update={"vocab_size": model.vocab_size or config.data.tokenizer.vocab_size})
+        section = model.model_copy(update={"vocab_size": model.vocab_size or _vocab_size(config.data.tokenizer)})
         if section.positions == "learned" and section.max_positions is None:
             section = section.model_copy(update={"max_positions": length})
         counts, flops = count_parameters(section), flops_per_token(section, length)
@@ -77,6 +77,11 @@ def report(config_path: Path, overrides: Sequence[str] = ()) -> None:
         print(path)
 
 
+def _vocab_size(tokenizer: TokenizerSection) -> int:
+    """Without reading a corpus."""
+    return tokenizer.vocab_size if tokenizer.is_trained_here else open_tokenizer(tokenizer).vocab_size
+
+
 def _load(config_path: Path, overrides: Sequence[str]) -> NormRemovalStudySection:
     return load_config(NormRemovalStudySection, config_path, overrides)
 
@@ -85,6 +90,8 @@ def _decisive_settings(config: NormRemovalStudySection) -> dict[str, Any]:
     """What a result comes out of; more arms, families or seeds are no change."""
     values = {name: plain(getattr(config, name)) for name in ("seed", "source", "removal", "windows")}
     data = plain(config.data)
-    values |= {f"data.{name}": data[name] for name in ("tokenizer", "sequence_length", "document_masking")}
+    values |= {
+        f"data.{name}": data[name] for name in ("tokenizer", "sequence_length", "document_masking", "validation_share")
+    }
     values |= {f"family {name}": plain(model) for name, model in config.families.items()}
     return values | {f"arm {arm.name}": plain(arm) for arm in config.arms}
