@@ -54,10 +54,10 @@ def requested() -> str | None:
 def raising() -> Iterator[None]:
     """Within the block a request raises StopRequested in the main thread, once; one that came before it, at once."""
     global _raise_at_once
-    if _requested is not None:
-        raise StopRequested(_requested)
-    _raise_at_once = True
     try:
+        _raise_at_once = True  # before the look: a signal that comes between the two must not be lost
+        if _requested is not None:
+            raise StopRequested(_requested)
         yield
     finally:
         _raise_at_once = False

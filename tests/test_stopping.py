@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -161,6 +162,41 @@ def test_one_request_is_raised_once_and_not_outside(tmp_path: Path) -> None:
     with pytest.raises(stop.StopRequested), stop.raising():
         work()
     assert cleaned
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_request_while_the_block_is_entered_is_not_lost() -> None:
+    """Whatever line of `raising` a signal finds it at."""
+    code = stop.raising.__wrapped__.__code__  # type: ignore[attr-defined]
+    for wanted in range(1, 50):
+        forget()
+        passed = 0
+
+        def watch(frame: FrameType, event: str, argument: object) -> Any:
+            nonlocal passed
+            if frame.f_code is not code:
+                return None
+            passed += event == "line"
+            if event == "line" and passed == wanted:  # noqa: B023
+                os.kill(os.getpid(), signal.SIGTERM)
+            return watch
+
+        entered = False
+        try:
+            sys.settrace(watch)
+            with stop.raising():
+                sys.settrace(None)
+                entered = passed < wanted
+                if not entered:
+                    raise AssertionError(f"lost at line {wanted} of raising()")
+        except stop.StopRequested:
+            pass
+        finally:
+            sys.settrace(None)
+        if entered:
+            assert wanted > 2, "no line was seen"
+            return
+    raise AssertionError("raising() has no end")
 
 
 @pytest.mark.usefixtures("signals")
