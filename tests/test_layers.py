@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -103,3 +104,15 @@ def test_files_stay_small() -> None:
     assert lengths[len(lengths) // 2] <= 150
     assert lengths[len(lengths) * 9 // 10] <= 350
     assert lengths[-1] <= 600
+
+
+def test_every_room_is_installed() -> None:
+    """pyproject.toml lists the packages by hand."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    rooms = {
+        file.parent.relative_to(ROOT) for room in ("harness", "kernels") for file in (ROOT / room).rglob("__init__.py")
+    }
+    named = {".".join(room.parts) for room in rooms}
+    assert {name if name.startswith("harness") else f"harness.{name}" for name in named} == set(listed) - {
+        "harness.configs"
+    }

@@ -9,7 +9,7 @@ from types import ModuleType
 
 from harness.config import ConfigError, read_yaml
 
-KINDS = ("norm_removal", "selection")
+KINDS = ("ladder", "norm_removal", "selection")
 """Each a room of this one, with `plan`, `run`, `status` and `report`."""
 
 
@@ -31,6 +31,14 @@ def status(config_path: Path, overrides: Sequence[str] = ()) -> None:
 def report(config_path: Path, overrides: Sequence[str] = ()) -> None:
     """Write report.json, report.md and report.html into the work folder, of what is done so far."""
     _kind(config_path).report(config_path, overrides)
+
+
+def fit(config_path: Path, overrides: Sequence[str] = ()) -> None:
+    """Print what laws the finished runs follow, of a study that has such."""
+    kind = _kind(config_path)
+    if not hasattr(kind, "fit"):
+        raise ConfigError(f"{config_path}: a study of kind {kind.__name__.rpartition('.')[2]} has no laws to fit")
+    kind.fit(config_path, overrides)
 
 
 def _kind(config_path: Path) -> ModuleType:
