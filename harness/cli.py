@@ -39,6 +39,7 @@ STUDY_ACTIONS = {
     "plan": "what it will train, and what that costs",
     "run": "do what is missing; the same command goes on after a kill, and further ones share the work",
     "status": "how much is done, and about how long the rest takes",
+    "fit": "the laws that its runs follow",
     "report": "tables and plots of what is done so far",
 }
 
@@ -195,6 +196,13 @@ def study(action: str, target: str, overrides: Sequence[str]) -> None:
     getattr(studies, action)(config_file(target), overrides)
 
 
+def report(target: str, *, out: Path | None = None) -> None:
+    """a page of one run: curves, fit, events, configuration; one file that needs no network"""
+    from harness.run_report import write_run_report
+
+    print(write_run_report(Path(target), out))
+
+
 def doctor() -> None:
     """what this machine has, and what is missing for what"""
     from harness.plan import diagnose
@@ -212,6 +220,7 @@ VERBS: dict[str, Verb] = {
     "convert": convert,
     "checkpoint": checkpoint,
     "study": study,
+    "report": report,
     "config": config,
     "doctor": doctor,
 }
@@ -326,6 +335,9 @@ def build_parser() -> argparse.ArgumentParser:
             _add_conversion(command)
         elif verb is study:
             _add_study_actions(command)
+        elif verb is report:
+            command.add_argument("target", metavar="run", help="a run folder, finished or still going")
+            command.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the run folder")
         elif verb is not doctor:
             also = ", a Hugging Face folder" if verb in (evaluate, generate, config) else ""
             example = "selection" if verb is select else "quickstart"

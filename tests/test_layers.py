@@ -23,7 +23,7 @@ LAYERS = [
     {"start"},
     {"train"},
     {"remove_norms"},
-    {"studies"},
+    {"studies", "run_report"},
     {"cli", "launcher"},
     {"__main__"},
 ]
