@@ -9,7 +9,7 @@ from types import ModuleType
 
 from harness.config import ConfigError, read_yaml
 
-KINDS = ("ladder", "norm_removal", "selection")
+KINDS = ("ladder", "norm_removal", "selection", "tokenization")
 """Each a room of this one, with `plan`, `run`, `status` and `report`."""
 
 
