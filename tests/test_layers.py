@@ -18,6 +18,7 @@ LAYERS = [
     {"convert"},
     {"evaluate", "plan"},
     {"selection", "normfree", "scaling"},
+    {"forecast"},
     {"settings", "model_folder"},
     {"start"},
     {"train"},

@@ -4,9 +4,9 @@
         --out benchmarks/forecast_25m.json
 
 The curves (Luo et al. 2025, arXiv 2503.12811) are of one model of 25 M parameters under nine schedules. The prior is
-made of constant_24000 and wsdcon_9 (a drop to 30 % at step 8000) alone. wsdcon_9, the wsd curves and constant_72000 have
-their first 8,000 steps in common, as the files show: only the cosine curves are runs that the prior has seen nothing of.
-Beside it: a power law of the step fitted to the same first fifth, and the last loss of the fifth.
+made of constant_24000 and wsdcon_9 (a drop to 30 % at step 8000) alone. wsdcon_9, the wsd curves and constant_72000
+have their first 8,000 steps in common, as the files show: only the cosine curves are runs of which the prior has seen
+nothing. Beside it: a power law of the step fitted to the same first fifth, and the last loss of the fifth.
 """
 
 from __future__ import annotations

@@ -150,11 +150,14 @@ class Prior:
             if values["format"] != FORMAT or values["law"] != "annealing" or values["decay"] != DECAY:
                 raise ValueError(f"of format {values['format']}, law {values['law']}, decay {values['decay']}")
             prior = cls(
-                np.array(values["mean"], dtype=np.float64),
-                np.array(values["covariance"], dtype=np.float64),
-                Residuals(**values["residuals"]),
-                *(values[name] for name in ("pivot", "peak", "tokens_per_step", "parameters")),
-                tuple(values["origin"]),
+                mean=np.array(values["mean"], dtype=np.float64),
+                covariance=np.array(values["covariance"], dtype=np.float64),
+                residuals=Residuals(**values["residuals"]),
+                pivot=values["pivot"],
+                peak=values["peak"],
+                tokens_per_step=values["tokens_per_step"],
+                parameters=values["parameters"],
+                origin=tuple(values["origin"]),
             )
             if prior.mean.shape != (3,) or prior.covariance.shape != (3, 3):
                 raise ValueError("the mean should have 3 numbers, the covariance 3 x 3")
