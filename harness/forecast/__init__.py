@@ -6,6 +6,6 @@ harness.scaling's.
 
 from .callback import Forecasting
 from .config import ForecastSection
-from .runs import planned_rates, read_curve
+from .runs import Kind, planned_rates, read_curve
 
-__all__ = ["ForecastSection", "Forecasting", "planned_rates", "read_curve"]
+__all__ = ["ForecastSection", "Forecasting", "Kind", "planned_rates", "read_curve"]

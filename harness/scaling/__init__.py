@@ -10,7 +10,7 @@ from .fit import Fit, fit, profile
 from .forecast import Conditioned, Forecast, condition, forecast, parting
 from .law import Law, Parameter
 from .laws import LAWS, annealing_areas
-from .prior import Prior
+from .prior import Prior, UnknownAnnealingError
 
 __all__ = [
     "LAWS",
@@ -21,6 +21,7 @@ __all__ = [
     "Law",
     "Parameter",
     "Prior",
+    "UnknownAnnealingError",
     "annealing_areas",
     "condition",
     "fit",

@@ -25,6 +25,10 @@ SCALE = {"size": 0.3, "C": 0.3, "alpha": 0.05}
 """The same, for a model or a batch e times as large. Chosen to be wide: a prior of one size is a hint for another."""
 
 
+class UnknownAnnealingError(HarnessError):
+    """No curve's learning rate falls far enough to tell C."""
+
+
 @dataclass(frozen=True)
 class Prior:
     """A, C and alpha of the annealing law, as far as earlier runs tell them; never L0, which each run has of its own.
@@ -72,7 +76,7 @@ class Prior:
                 )
         found = estimate(settled)
         if not found.anneals:
-            raise HarnessError(
+            raise UnknownAnnealingError(
                 f"no run anneals, so what annealing gains (C) is unknown: ln C is {found.mean[1]:.2f} ± "
                 f"{found.covariance[1, 1] ** 0.5:.2g}; add a run whose learning rate falls"
             )
