@@ -14,8 +14,8 @@ from .residuals import Residuals, noise_of
 
 POINTS = 128
 """Of a curve, at most: longer ones are averaged in bins."""
-UNKNOWN = 0.5
-"""C is unknown where the standard deviation of ln C is larger."""
+UNKNOWN = 1.0
+"""C is unknown where the standard deviation of ln C is larger: a third of what it is where nothing is known."""
 _VAGUE = np.array([3.0, 3.0, 1.0])
 """Standard deviations of ln A, ln C and alpha about the first fit: as good as nothing, but a matrix stays regular."""
 _VAGUE_L0 = 1.0

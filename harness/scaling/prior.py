@@ -77,7 +77,7 @@ class Prior:
         found = estimate(settled)
         if not found.anneals:
             raise UnknownAnnealingError(
-                f"no run anneals, so what annealing gains (C) is unknown: ln C is {found.mean[1]:.2f} ± "
+                f"no run anneals far enough to tell what annealing gains: ln C is {found.mean[1]:.2f} ± "
                 f"{found.covariance[1, 1] ** 0.5:.2g}; add a run whose learning rate falls"
             )
         first = curves[0]
