@@ -59,6 +59,7 @@ class Forecasting(Callback):
         self._kind: Loss | None = None
         self._band: Band | None = None
         self._outside = False
+        self._beyond_since: int | None = None  # the last step of the first mean that was outside
 
     def after_step(self, trainer: TrainerView, record: dict[str, Any]) -> None:
         self._history.add(record, self.section.window_steps)
@@ -110,7 +111,8 @@ class Forecasting(Callback):
         return self._planned
 
     def _compare(self, trainer: TrainerView, step: int, band: Band) -> None:
-        """Events where the run has left the band, and where it is back."""
+        """Events where the run has left the band, and where it is back. It has left where two means are outside that
+        have no point in common: of many looks at a run that is as forecast, some are outside by their noise."""
         if self._kind == "validation":
             steps, losses = (column[-1:] for column in self._history.validation())
             noise: float | None = band.noise
@@ -122,7 +124,13 @@ class Forecasting(Callback):
         if len(steps) < (1 if noise is not None else LEAST_RECENT):
             return
         distance = band.distance(steps, losses, noise)
-        if self._outside == (abs(distance) > (BACK if self._outside else LEFT)):
+        beyond = abs(distance) > (BACK if self._outside else LEFT)
+        if not beyond:
+            self._beyond_since = None
+        elif self._beyond_since is None:
+            self._beyond_since = int(steps[-1])
+        confirmed = beyond and self._beyond_since is not None and steps[0] > self._beyond_since
+        if beyond == self._outside or (beyond and not confirmed):
             return
         self._outside = not self._outside
         expected, deviation = band.at(steps)
@@ -174,6 +182,7 @@ class Forecasting(Callback):
             "kind": self._kind,
             "band": None if self._band is None else self._band.as_json(),
             "outside": self._outside,
+            "beyond_since": self._beyond_since,
             "schedule": None if self._band is None else self._fingerprint(),
         }
 
@@ -186,9 +195,9 @@ class Forecasting(Callback):
             self._history.load_state_dict(state["history"])
         self._kind = state.get("kind")
         self._band = None if state.get("band") is None else Band.from_json(state["band"])
-        self._outside = state.get("outside", False)
+        self._outside, self._beyond_since = state.get("outside", False), state.get("beyond_since")
         if self._band is not None and state.get("schedule") != self._fingerprint():
-            self._band, self._kind, self._outside = None, None, False
+            self._band, self._kind, self._outside, self._beyond_since = None, None, False, None
 
     def _fingerprint(self) -> str:
         return hashlib.sha256(self._plan().tobytes()).hexdigest()

@@ -25,7 +25,8 @@ class ForecastSection(Section):
     compared with from then on (forecast_band_low and forecast_band_high), later forecasts follow the run."""
 
     window_steps: int = Field(100, ge=1)
-    """The mean loss of the last so many steps is what must lie inside the band; of validations, the newest."""
+    """The mean loss of the last so many steps is what must lie inside the band; of validations, the newest. Two means
+    outside, without a common step, are the event `left_forecast`."""
 
     loss: Literal["auto", "training", "validation"] = "auto"
     """Of which loss. auto: of the validation loss if there are 12 by the first forecast, else of the training loss; the
