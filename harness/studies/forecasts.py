@@ -81,8 +81,8 @@ class Comparison:
 
 
 def compare(found: Conditioned, other: np.ndarray) -> Comparison:
-    """Mean loss at the last step of the run's own schedule and of another one, and by how much the other is higher: the
-    run's floor and much of its drift are in both, so the difference is known better than each."""
+    """Mean loss at the last step of the run's own schedule and of another one, and by how much the other is higher:
+    the run's floor and drift are in both, so that alike schedules can be told apart by less than each is known to."""
     own = found.curve.rates
     log, covariance = found.joint([(rates, np.array([len(rates)])) for rates in (own, other)])
     losses = np.exp(log)
@@ -193,20 +193,24 @@ def _ends(value: tuple[float, float], steps: int | None = None) -> dict[str, Any
 
 
 def _lines(values: dict[str, Any]) -> list[str]:
-    def row(name: str, ends: dict[str, Any], sign: str = "") -> str:
-        return f"  {name:<44} {ends['loss']:{sign}.4f}   95 %: {ends['low']:{sign}.4f} to {ends['high']:{sign}.4f}"
-
     configured, other = values["configured"], values["other"]
     apart, last = values["parts_after_step"], values["last_step"]
+    rows = [
+        (f"as configured, {configured['steps']} steps", configured, ""),
+        (f"{other['schedule']}, {other['steps']} steps", other, ""),
+        ("difference", values["difference"], "+"),
+    ]
+    width = max(len(name) for name, _, _ in rows)
     lines = [
         f"{values['run']}: at step {last}; {values['points']} points of the {values['of']} loss; prior: "
         f"{values['prior']}",
-        row(f"as configured, {configured['steps']} steps", configured),
-        row(f"{other['schedule']}, {other['steps']} steps", other),
-        row("difference", values["difference"], "+"),
+        *(
+            f"  {name:<{width}}  {ends['loss']:{sign}.4f}   95 %: {ends['low']:{sign}.4f} to {ends['high']:{sign}.4f}"
+            for name, ends, sign in rows
+        ),
     ]
     if apart is not None:
-        lines.append(f"  both are the same up to step {apart}" + ("" if apart >= last else ", which the run is past"))
+        lines.append(f"  one schedule up to step {apart}" + ("" if apart >= last else ", which the run is past"))
     if values["widened"] > 1.05:
         lines.append(
             f"  the run scatters more about the law than the earlier ones: bands are {values['widened']:.2f} times as "
