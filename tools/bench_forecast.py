@@ -28,6 +28,8 @@ EARLIER = ("constant_24000", "wsdcon_9")
 PREDICTED = ("cosine_24000", "wsd_20000_24000", "wsdld_20000_24000")
 LONGER = ("constant_72000", "cosine_72000")
 """Beyond the contract: three times as long as any run of the prior."""
+ANNEALED = ("cosine_24000", "wsd_20000_24000", "wsdld_20000_24000", "wsdcon_3", "wsdcon_9", "wsdcon_18", "cosine_72000")
+"""Of which other priors are made: each of these alone, and each with constant_24000."""
 SHARE = 0.2
 WARM_UP, PEAK = 2160, 3e-4
 
@@ -46,6 +48,8 @@ def main() -> None:
     for name, row in result["curves"].items():
         errors = "  ".join(f"{way} {error:+.4f}" for way, error in row["final_error"].items())
         print(f"{name:18} final {row['final']:.4f}  errors: {errors}  covered {row['covered']:.3f}")
+    others = {name: value for name, value in result["other_priors"].items() if name != "rows"}
+    print("other priors:", others)
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -62,6 +66,35 @@ def measure(folder: Path) -> dict[str, Any]:
         "prior": {**prior.as_json(), "cpu_seconds": round(seconds, 2)},
         "contract": PREDICTED,
         "curves": {name: score(prior, read_curve(folder, name)) for name in (*PREDICTED, *LONGER)},
+        "other_priors": other_priors(folder),
+    }
+
+
+def other_priors(folder: Path) -> dict[str, Any]:
+    """The same with every prior of one annealed curve, alone or with constant_24000, and every curve that is not in
+    it: was it luck?"""
+    predicted = ("constant_24000", *PREDICTED, *LONGER)
+    curves = {name: read_curve(folder, name) for name in {*predicted, *ANNEALED}}
+    rows = []
+    for earlier in [*([name] for name in ANNEALED), *(["constant_24000", name] for name in ANNEALED)]:
+        prior = Prior.from_curves([curves[name] for name in earlier])
+        for name in predicted:
+            if name not in earlier:
+                found = score(prior, curves[name])
+                inside = found["final_interval"][0] <= found["final"] <= found["final_interval"][1]
+                better = min(abs(found["final_error"][way]) for way in ("power_law", "last_value"))
+                error = found["final_error"]["forecast"]
+                rows.append(
+                    {"earlier": earlier, "predicted": name, "final_error": error, "final_inside": inside}
+                    | {"covered": found["covered"], "simpler_error": better}
+                )
+    return {
+        "forecasts": len(rows),
+        "mean_covered": float(np.mean([row["covered"] for row in rows])),
+        "finals_inside": float(np.mean([row["final_inside"] for row in rows])),
+        "mean_absolute_final_error": float(np.mean([abs(row["final_error"]) for row in rows])),
+        "better_than_simpler": float(np.mean([abs(row["final_error"]) < row["simpler_error"] for row in rows])),
+        "rows": rows,
     }
 
 
@@ -73,12 +106,7 @@ def score(prior: Prior, curve: Curve) -> dict[str, Any]:
     forecast = found.forecast(curve.steps[later])
     seconds = time.process_time() - started
     losses = curve.losses[later]
-    power = fit(LAWS["power"], {"x": begun.steps.astype(float), "loss": begun.losses}, resamples=2)
-    finals = {
-        "forecast": forecast.final[0],
-        "power_law": float(power.predict({"x": curve.steps[-1:].astype(float)})[0]),
-        "last_value": float(begun.losses[-1]),
-    }
+    finals = {"forecast": forecast.final[0], **simpler_finals(curve.name, begun, int(curve.steps[-1]))}
     return {
         "final": float(losses[-1]),
         "final_error": {way: value - float(losses[-1]) for way, value in finals.items()},
@@ -90,6 +118,19 @@ def score(prior: Prior, curve: Curve) -> dict[str, Any]:
         "told": found.told,
         "cpu_seconds": round(seconds, 4),
     }
+
+
+SIMPLER: dict[str, dict[str, float]] = {}
+"""By curve: the fits of power laws take most of the time."""
+
+
+def simpler_finals(name: str, begun: Curve, last: int) -> dict[str, float]:
+    """The loss at step `last` by a power law of the step, and by standing still."""
+    if name not in SIMPLER:
+        power = fit(LAWS["power"], {"x": begun.steps.astype(float), "loss": begun.losses}, resamples=2)
+        value = float(power.predict({"x": np.array([float(last)])})[0])
+        SIMPLER[name] = {"power_law": value, "last_value": float(begun.losses[-1])}
+    return SIMPLER[name]
 
 
 def read_curve(folder: Path, name: str) -> Curve:

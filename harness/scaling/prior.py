@@ -21,6 +21,8 @@ LEAST_POINTS = 12
 BETWEEN_RUNS = {"size": 0.05, "C": 0.10, "alpha": 0.02}
 """Standard deviations of ln(A S1^-alpha) at the pivot, of ln C and of alpha from one run of a configuration to the
 next, and of the law's own failure under another schedule. Chosen, not fitted: two or three curves cannot say."""
+ALONE = 2.0
+"""By which they are larger for a prior of one curve: in it the power term and annealing make up for each other."""
 SCALE = {"size": 0.3, "C": 0.3, "alpha": 0.05}
 """The same, for a model or a batch e times as large. Chosen to be wide: a prior of one size is a hint for another."""
 
@@ -100,23 +102,24 @@ class Prior:
     def for_run(self, curve: Curve) -> tuple[np.ndarray, np.ndarray, float]:
         """Mean [3], covariance [3, 3], and what to multiply the run's learning rates by.
 
-        Between runs of one configuration BETWEEN_RUNS is added. Assumed of another peak rate: the loss is a function
-        of the rates relative to the peak, as near the best peak it almost is; rates are scaled to the prior's peak.
-        The law as it is written is of absolute rates, which comes to ln A and ln C that are off by alpha ln(ratio) and
-        ln(ratio): these are added as standard deviations, so that both readings are inside the band. Assumed of
-        another batch: loss is a function of tokens; the same widening, of the power term. Of another size of model
-        nothing is known, and SCALE widens all; so it does for the batch. What the prior or the run does not tell of
-        (None) is taken to be the same.
+        Between runs of one configuration BETWEEN_RUNS is added, ALONE times that where the prior is of one curve.
+        Assumed of another peak rate: the loss is a function of the rates relative to the peak, as near the best peak it
+        almost is; rates are scaled to the prior's peak. The law as it is written is of absolute rates, which comes to
+        ln A and ln C that are off by alpha ln(ratio) and ln(ratio): these are added as standard deviations, so that
+        both readings are inside the band. Assumed of another batch: loss is a function of tokens; the same widening, of
+        the power term. Of another size of model nothing is known, and SCALE widens all; so it does for the batch. What
+        the prior or the run does not tell of (None) is taken to be the same.
         """
         peak = abs(np.log(curve.peak / self.peak))
         batch = _ratio(curve.tokens_per_step, self.tokens_per_step)
         size = abs(_ratio(curve.parameters, self.parameters))
         alpha, change = self.mean[2], size + abs(batch)
+        own = {name: value * (ALONE if len(self.origin) == 1 else 1.0) for name, value in BETWEEN_RUNS.items()}
         deviations = np.array(
             [
-                np.linalg.norm([BETWEEN_RUNS["size"], alpha * peak, alpha * batch, SCALE["size"] * change]),
-                np.linalg.norm([BETWEEN_RUNS["C"], peak, SCALE["C"] * change]),
-                np.linalg.norm([BETWEEN_RUNS["alpha"], SCALE["alpha"] * change]),
+                np.linalg.norm([own["size"], alpha * peak, alpha * batch, SCALE["size"] * change]),
+                np.linalg.norm([own["C"], peak, SCALE["C"] * change]),
+                np.linalg.norm([own["alpha"], SCALE["alpha"] * change]),
             ]
         )
         turn = np.eye(3)

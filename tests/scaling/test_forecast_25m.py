@@ -40,6 +40,15 @@ def test_the_band_covers_nine_in_ten_and_is_no_barn_door(measured: dict[str, Any
     assert row["mean_width"] < 0.3 * abs(row["final_error"]["last_value"]), "a small part of the fall that is to come"
 
 
+def test_it_was_not_luck(measured: dict[str, Any]) -> None:
+    """Other priors, of one annealed curve with and without a constant one: as a whole the band is what it says."""
+    others = measured["other_priors"]
+    assert others["forecasts"] > 60
+    assert others["mean_covered"] >= 0.9
+    assert others["finals_inside"] >= 0.9
+    assert others["better_than_simpler"] > 0.9
+
+
 def test_the_committed_figures_are_these(measured: dict[str, Any]) -> None:
     committed = json.loads((ROOT / "benchmarks" / "forecast_25m.json").read_text())
     np.testing.assert_allclose(committed["prior"]["mean"], measured["prior"]["mean"], rtol=1e-3)
