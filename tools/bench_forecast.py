@@ -127,7 +127,8 @@ SIMPLER: dict[str, dict[str, float]] = {}
 def simpler_finals(name: str, begun: Curve, last: int) -> dict[str, float]:
     """The loss at step `last` by a power law of the step, and by standing still."""
     if name not in SIMPLER:
-        power = fit(LAWS["power"], {"x": begun.steps.astype(float), "loss": begun.losses}, resamples=2)
+        with np.errstate(over="ignore"):  # far from the minimum
+            power = fit(LAWS["power"], {"x": begun.steps.astype(float), "loss": begun.losses}, resamples=2)
         value = float(power.predict({"x": np.array([float(last)])})[0])
         SIMPLER[name] = {"power_law": value, "last_value": float(begun.losses[-1])}
     return SIMPLER[name]

@@ -99,9 +99,11 @@ def test_after_a_roll_back_nothing_is_left_of_what_came_later(prior: Path) -> No
 
 
 def test_a_checkpoint_without_a_forecast_begins_one(prior: Path) -> None:
-    callback, view = made(prior), View()
+    values, callback, view = losses(np.random.default_rng(5)), made(prior), View()
+    view.feed(callback, values[:700] + 1)
     callback.load_state_dict({})
-    records = view.feed(callback, losses(np.random.default_rng(5))[600:], first=601)
+    assert callback.state_dict() == made(prior).state_dict()
+    records = view.feed(callback, values[600:], first=601)
     assert "forecast_final" in records[-1]
 
 

@@ -207,6 +207,20 @@ def test_another_peak_means_the_same_run_and_a_wider_band() -> None:
     assert off @ np.linalg.solve(spread, off) < 2
 
 
+def test_runs_agree_on_the_power_terms_size_where_they_were() -> None:
+    """What is added between runs: 5 % of A S1^-alpha at the pivot, and alpha about it, not about S1 = 1."""
+    curve = drawn(SCHEDULES["cosine"], np.random.default_rng(5))
+    none = np.zeros((3, 3))
+    for pivot in (0.1, 30.0):
+        added = made_prior(pivot=pivot, covariance=none).for_run(curve)[1]
+        for s1 in (pivot, 10 * pivot):
+            direction = np.array([1.0, 0.0, -np.log(s1)])
+            size = float(direction @ added @ direction) ** 0.5
+            assert size == pytest.approx(np.hypot(0.05, 0.02 * np.log(s1 / pivot)))
+        alone = made_prior(pivot=pivot, covariance=none, origin=({"name": "one"},)).for_run(curve)[1]
+        np.testing.assert_allclose(alone, 4 * added)
+
+
 def test_other_sizes_and_batches_widen() -> None:
     curve = drawn(SCHEDULES["cosine"], np.random.default_rng(5)).until(1500)
     prior = made_prior(parameters=1e7, tokens_per_step=1e5)
