@@ -41,6 +41,8 @@ STUDY_ACTIONS = {
     "status": "how much is done, and about how long the rest takes",
     "fit": "the laws that its runs follow",
     "report": "tables and plots of what is done so far",
+    "prior": "of finished runs, what forecasts of others need: how the loss falls, and what annealing gains",
+    "whatif": "the final loss of a run, finished or not, under another schedule or an earlier annealing",
 }
 
 
@@ -187,13 +189,23 @@ def checkpoint(
     return 0 if good else 1
 
 
-def study(action: str, target: str, overrides: Sequence[str]) -> None:
+def study(action: str, target: str = "", overrides: Sequence[str] = (), **options: Any) -> None:
     """plan, run, look at and report a study: many training runs with one question"""
     from harness import studies
     from harness.runs import configure_logging
 
     configure_logging()
-    getattr(studies, action)(config_file(target), overrides)
+    if action == "prior":
+        from harness.studies import forecasts
+
+        forecasts.prior(**options)
+    elif action == "whatif":
+        from harness.studies import forecasts
+
+        configured, changed = load_settings(target, []), load_settings(target, overrides)
+        forecasts.whatif(Path(target), configured, changed, overrides=overrides, **options)
+    else:
+        getattr(studies, action)(config_file(target), overrides)
 
 
 def report(target: str, *, out: Path | None = None) -> None:
@@ -371,7 +383,29 @@ def _add_study_actions(command: argparse.ArgumentParser) -> None:
     actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
     for action, summary in STUDY_ACTIONS.items():
         parser = actions.add_parser(action, help=summary, description=summary)
-        _add_target(parser, "a file such as those in configs/studies/")
+        if action == "prior":
+            parser.add_argument(
+                "runs", nargs="+", type=Path, metavar="RUN", help="run folders of one model and peak rate"
+            )
+            parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write it (JSON)")
+        elif action == "whatif":
+            _add_target(parser, "a run folder; overrides: keys of schedule, and train.steps")
+            parser.add_argument(
+                "--anneal-at", type=_step_number, metavar="STEP", help="let the rate fall from there ..."
+            )
+            parser.add_argument("--over", type=_step_number, metavar="STEPS", help="... within so many steps")
+            parser.add_argument(
+                "--prior", dest="prior_file", type=Path, metavar="FILE", help="of `harness study prior`"
+            )
+            parser.add_argument(
+                "--from", dest="earlier", nargs="+", type=Path, default=(), metavar="RUN", help="or these"
+            )
+            parser.add_argument("--json", action="store_true", dest="as_json", help="for programs")
+        else:
+            _add_target(parser, "a file such as those in configs/studies/")
+        if action in ("prior", "whatif"):
+            losses = ("auto", "training", "validation")
+            parser.add_argument("--loss", dest="kind", choices=losses, default="auto", help="which loss; default: auto")
 
 
 def _add_conversion(command: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from harness.callbacks import CheckpointSection, FaultsSection, ValidationSectio
 from harness.config import ConfigError, Section
 from harness.data import DataSection
 from harness.evaluate import EvaluateSection, GenerateSection, SummarySection
+from harness.forecast import ForecastSection
 from harness.model import LossSection, ModelSection
 from harness.normfree import NormRemovalSection, check_schedule
 from harness.optim import OptimizerSection, ScheduleSection, decay_steps
@@ -104,6 +105,8 @@ class Settings(Section):
     """When to save and what to keep."""
     faults: FaultsSection = FaultsSection()
     """Bad steps and hung runs."""
+    forecast: ForecastSection = ForecastSection()
+    """The final loss, predicted while the run goes on."""
     norm_removal: NormRemovalSection = NormRemovalSection()
     """`harness remove-norms`."""
     summary: SummarySection = SummarySection()

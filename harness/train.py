@@ -22,6 +22,7 @@ from harness.checkpoint import CheckpointStore
 from harness.config import HarnessError, dump_yaml, plain
 from harness.data import Batch, TokenStream
 from harness.evaluate import Summary
+from harness.forecast import Forecasting
 from harness.model import build_decoder, count_parameters, flops_per_token, initialise_masters
 from harness.normfree import NormRemoval
 from harness.optim import build_adamw, learning_rate
@@ -135,6 +136,7 @@ class Trainer:
         self.callbacks: list[Callback] = [
             *self._norm_removal(),  # first: it may take the step back
             validation,
+            *self._forecasting(),
             Summary(settings.summary, validation),
             *callbacks,
             self.saving,  # last, so that a checkpoint has what the others did in this step
@@ -443,6 +445,22 @@ class Trainer:
                 steps=self.total_steps,
                 rows=settings.train.global_batch_size,
                 sequence_length=settings.data.sequence_length,
+            )
+        ]
+
+    def _forecasting(self) -> list[Callback]:
+        settings = self.settings
+        if settings.forecast.prior is None:
+            return []
+        return [
+            Forecasting(
+                settings.forecast,
+                settings.schedule,
+                peak=settings.optimizer.learning_rate,
+                steps=self.total_steps,
+                tokens_per_step=settings.train.global_batch_size * settings.data.sequence_length,
+                parameters=count_parameters(settings.model).blocks,
+                rank=self.layout.rank,
             )
         ]
 

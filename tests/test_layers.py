@@ -19,6 +19,7 @@ LAYERS = [
     {"convert"},
     {"evaluate", "plan"},
     {"selection", "normfree", "scaling"},
+    {"forecast"},
     {"settings", "model_folder"},
     {"start"},
     {"train"},

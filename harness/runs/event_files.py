@@ -22,8 +22,9 @@ SPEED = {
 
 
 def tag_of(column: str) -> str:
-    """A column's name in TensorBoard, which groups by what stands before the slash: speed/, train/, validation/."""
-    if column.startswith("validation_"):
+    """A column's name in TensorBoard, which groups by what stands before the slash: speed/, train/, validation/,
+    forecast/."""
+    if column.startswith(("validation_", "forecast_")):
         return column.replace("_", "/", 1)
     if column in SPEED:
         return f"speed/{column}"

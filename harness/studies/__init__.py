@@ -1,7 +1,7 @@
 """Studies: many training runs with one question.
 
 In: a file of configs/studies/ whose `kind` names the kind of study. Out: a work folder with a result for every run, and
-a report. Read kinds.py first, then the room of the kind.
+a report. Read kinds.py first, then the room of the kind; forecasts.py asks runs what another schedule would give.
 """
 
 from .kinds import plan, report, run, status
