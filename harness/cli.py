@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import __version__, stop
+from harness import __version__, cli_study, stop
 from harness.config.errors import ConfigError, HarnessError
 
 if TYPE_CHECKING:
@@ -33,16 +33,6 @@ CHECKPOINT_ACTIONS = {
     "path": "the run folder",
     "verify": "read every byte; exit status 1 where anything is damaged",
     "prune": "delete what checkpoint.keep_last, keep_every_steps and keep_best do not keep; of a run at rest",
-}
-
-STUDY_ACTIONS = {
-    "plan": "what it will train, and what that costs",
-    "run": "do what is missing; the same command goes on after a kill, and further ones share the work",
-    "status": "how much is done, and about how long the rest takes",
-    "fit": "the laws that its runs follow",
-    "report": "tables and plots of what is done so far",
-    "prior": "of finished runs, what forecasts of others need: how the loss falls, and what annealing gains",
-    "whatif": "the final loss of a run, finished or not, under another schedule or an earlier annealing",
 }
 
 
@@ -195,7 +185,9 @@ def study(action: str, target: str = "", overrides: Sequence[str] = (), **option
     from harness.runs import configure_logging
 
     configure_logging()
-    if action == "prior":
+    if action == "fit":
+        cli_study.run_fit(options.pop("law"), options.pop("data"), config_file, **options)
+    elif action == "prior":
         from harness.studies import forecasts
 
         forecasts.prior(**options)
@@ -346,7 +338,7 @@ def build_parser() -> argparse.ArgumentParser:
         elif verb is convert:
             _add_conversion(command)
         elif verb is study:
-            _add_study_actions(command)
+            cli_study.add_actions(command, _add_target)
         elif verb is report:
             command.add_argument("target", metavar="run", help="a run folder, finished or still going")
             command.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the run folder")
@@ -377,35 +369,6 @@ def _add_checkpoint_actions(command: argparse.ArgumentParser) -> None:
             parser.add_argument("--step", type=_step_number, metavar="STEP", help=f"which checkpoint; default: {which}")
         if action == "prune":
             parser.add_argument("--dry-run", action="store_true", help="say what would be deleted, delete nothing")
-
-
-def _add_study_actions(command: argparse.ArgumentParser) -> None:
-    actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for action, summary in STUDY_ACTIONS.items():
-        parser = actions.add_parser(action, help=summary, description=summary)
-        if action == "prior":
-            parser.add_argument(
-                "runs", nargs="+", type=Path, metavar="RUN", help="run folders of one model and peak rate"
-            )
-            parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write it (JSON)")
-        elif action == "whatif":
-            _add_target(parser, "a run folder; overrides: keys of schedule, and train.steps")
-            parser.add_argument(
-                "--anneal-at", type=_step_number, metavar="STEP", help="let the rate fall from there ..."
-            )
-            parser.add_argument("--over", type=_step_number, metavar="STEPS", help="... within so many steps")
-            parser.add_argument(
-                "--prior", dest="prior_file", type=Path, metavar="FILE", help="of `harness study prior`"
-            )
-            parser.add_argument(
-                "--from", dest="earlier", nargs="+", type=Path, default=(), metavar="RUN", help="or these"
-            )
-            parser.add_argument("--json", action="store_true", dest="as_json", help="for programs")
-        else:
-            _add_target(parser, "a file such as those in configs/studies/")
-        if action in ("prior", "whatif"):
-            losses = ("auto", "training", "validation")
-            parser.add_argument("--loss", dest="kind", choices=losses, default="auto", help="which loss; default: auto")
 
 
 def _add_conversion(command: argparse.ArgumentParser) -> None:

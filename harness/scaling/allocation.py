@@ -61,7 +61,8 @@ def optimal(fitted: Fit, flops: float) -> Allocation:
     named = {"parameters": drawn[0], "tokens": drawn[1], "ratio": drawn[1] / drawn[0], "loss": drawn[2]}
     intervals = {}
     for name, each in named.items():
-        low, high = np.nanpercentile(np.where(np.isfinite(each), each, np.nan), ENDS)
+        finite = each[np.isfinite(each)]
+        low, high = np.percentile(finite, ENDS) if len(finite) else (np.nan, np.nan)
         intervals[name] = (float(low), float(high))
     return Allocation(flops, float(parameters), float(tokens), float(loss), intervals)
 
@@ -119,6 +120,6 @@ class Given:
         if high / low < HARMLESS:
             return None
         return (
-            f"the parameters are rounded: at {flops:.3g} FLOPs they allow any D/N from {low:.3g} to {high:.3g}; exponents "
-            f"need four digits or more"
+            f"the parameters are rounded: at {flops:.3g} FLOPs they allow any D/N from {low:.3g} to {high:.3g}; "
+            f"exponents need four digits or more"
         )

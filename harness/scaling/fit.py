@@ -70,6 +70,13 @@ class Fit:
         low, high = np.percentile(self.law.predict(self.resamples, {**self.constants, **x}), _ENDS, axis=0)
         return low, high
 
+    def interval(self, x: Columns) -> tuple[np.ndarray, np.ndarray]:
+        """A 95 % interval of the loss of new runs: the resampled laws, each with a residual of the fit."""
+        values = self.law.predict(self.resamples, {**self.constants, **x})
+        noise = np.random.default_rng(0).choice(self.residuals, size=values.shape)
+        low, high = np.percentile(values * np.exp(noise), _ENDS, axis=0)
+        return low, high
+
     def as_json(self) -> dict[str, Any]:
         return {
             "law": self.law.name,
@@ -214,7 +221,7 @@ def _warnings(law: Law, objective: Objective, minimum: Minimum, resamples: np.nd
         found.append(
             f"some combination of parameters changes nothing (condition {condition:.1g}): {law.identifiability}"
         )
-    low, high = np.percentile(resamples, _ENDS, axis=0)
+    low, high = np.percentile(resamples, _ENDS, axis=0) if len(resamples) else (minimum.theta, minimum.theta)
     for place, parameter in enumerate(law.parameters):
         width = high[place] - low[place]
         allowed = 2 * UNIDENTIFIED * (1.0 if parameter.moves == "log" else max(abs(minimum.theta[place]), 1e-12))

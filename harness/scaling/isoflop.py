@@ -116,8 +116,8 @@ def fit_isoflop(
     groups = _budgets(flops)
     if len(groups) < 2:
         raise HarnessError(
-            f"column flops: all {len(flops)} rows are of one budget, {flops[0]:g}; needs two at the least, four or more "
-            f"to see the trend"
+            f"column flops: all {len(flops)} rows are of one budget, {flops[0]:g}; needs two at the least, four or "
+            f"more to see the trend"
         )
     profiles, warnings = [], []
     for rows in groups:
@@ -146,8 +146,8 @@ def fit_isoflop(
     drawn = _resampled(profiles, resamples, np.random.default_rng(seed))
     if len(drawn) < resamples:
         warnings.append(
-            f"{resamples - len(drawn)} of {resamples} resamples had a profile without a lowest point, and are left out: "
-            f"the noise is as large as the curvature"
+            f"{resamples - len(drawn)} of {resamples} resamples had a profile without a lowest point, and are left "
+            f"out: the noise is as large as the curvature"
         )
     return IsoFlop(tuple(profiles), a, float(np.exp(log_k)), drawn, tuple(warnings))
 

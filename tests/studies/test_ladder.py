@@ -19,7 +19,7 @@ from harness.scaling import LAWS, fit
 from harness.studies import kinds
 from harness.studies.ladder import plan, report, run, status
 from harness.studies.ladder import runs as ladder_runs
-from harness.studies.ladder.analysis import hold_out
+from harness.studies.ladder.analysis import held_out
 from harness.studies.ladder.config import LadderSection
 from harness.studies.ladder.grid import cells, recipe, settings_of
 from harness.studies.ladder.runs import run_cells
@@ -181,7 +181,7 @@ def test_the_largest_size_is_predicted_from_the_others(finished: tuple[Path, Lad
     for row in rows:
         if row["size"] == "c":
             row["loss"] = 99.0
-    found = {e["ratio"]: e for e in hold_out(rows, config) if e["law"] == "chinchilla"}
+    found = {e["ratio"]: e for e in held_out(rows, config) if e["law"] == "chinchilla"}
     for ratio, loss in truth.items():
         assert found[ratio]["predicted"] == pytest.approx(loss, rel=2e-3)
         assert found[ratio]["low"] <= found[ratio]["predicted"] <= found[ratio]["high"]

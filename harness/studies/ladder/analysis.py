@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from harness.config import HarnessError
-from harness.scaling import LAWS, Fit, fit
+from harness.scaling import LAWS, Fit, fit, hold_out
 
 from .config import COUNTS, LadderSection
 from .grid import cells
@@ -35,7 +35,7 @@ def analyse(config: LadderSection) -> dict[str, Any]:
             fits[count] = fit_rows(rows, "chinchilla", count, config.resamples).as_json()
         except HarnessError as error:
             fits[count] = {"cannot": str(error)}
-    return {"runs": rows, "cells": spreads(rows), "fits": fits, "held_out": hold_out(rows, config)}
+    return {"runs": rows, "cells": spreads(rows), "fits": fits, "held_out": held_out(rows, config)}
 
 
 def columns(rows: list[dict[str, Any]], count: str) -> dict[str, np.ndarray]:
@@ -45,9 +45,12 @@ def columns(rows: list[dict[str, Any]], count: str) -> dict[str, np.ndarray]:
 
 
 def fit_rows(rows: list[dict[str, Any]], law: str, count: str, resamples: int = 1000) -> Fit:
+    return fit(LAWS[law], columns(rows, count), groups=groups(rows), resamples=resamples)
+
+
+def groups(rows: list[dict[str, Any]]) -> list[str]:
     """Runs of one size and length, which differ by their seed alone, are resampled together."""
-    groups = [f"{row['size']}-{row['ratio']}" for row in rows]
-    return fit(LAWS[law], columns(rows, count), groups=groups, resamples=resamples)
+    return [f"{row['size']}-{row['ratio']}" for row in rows]
 
 
 def spreads(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -70,34 +73,26 @@ def spreads(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def hold_out(rows: list[dict[str, Any]], config: LadderSection) -> list[dict[str, Any]]:
-    """The largest size's losses as the laws predict them from all the other sizes; intervals are for one new run: the
-    resampled laws with their residuals."""
+def held_out(rows: list[dict[str, Any]], config: LadderSection) -> list[dict[str, Any]]:
+    """The largest size's losses as the laws predict them from all the other sizes; intervals are for one new run."""
     largest = max(rows, key=lambda row: row["non_embedding"])["size"]
-    rest = [row for row in rows if row["size"] != largest]
+    ratios = sorted({row["ratio"] for row in rows if row["size"] == largest})
     found = []
     for law in PREDICTORS:
-        for ratio in dict.fromkeys(row["ratio"] for row in rows if row["size"] == largest):
-            mine = [row for row in rows if (row["size"], row["ratio"]) == (largest, ratio)]
-            known = [row for row in rest if row["ratio"] == ratio] if law == "power" else rest
-            entry: dict[str, Any] = {"law": law, "count": config.count, "size": largest, "ratio": ratio}
+        for asked in [[ratio] for ratio in ratios] if law == "power" else [ratios]:
+            mine = [row for row in rows if law != "power" or row["ratio"] in asked]
+            entry: dict[str, Any] = {"law": law, "count": config.count, "size": largest}
             try:
-                fitted = fit_rows(known, law, config.count, config.resamples)
+                held = hold_out(LAWS[law], columns(mine, config.count), groups=groups(mine), resamples=config.resamples)
             except HarnessError as error:
-                found.append({**entry, "cannot": str(error)})
+                found += [{**entry, "ratio": ratio, "cannot": str(error)} for ratio in asked]
                 continue
-            x = {name: values[:1] for name, values in columns(mine, config.count).items()}
-            loss = float(np.mean([row["loss"] for row in mine]))
-            low, high = _interval(fitted, x)
-            predicted = float(fitted.predict(x)[0])
-            entry |= {"loss": loss, "predicted": predicted, "error": predicted - loss, "low": low, "high": high}
-            found.append({**entry, "inside": low <= loss <= high, "warnings": list(fitted.warnings)})
+            entry["warnings"] = list(held.fitted.warnings)
+            for ratio in asked:
+                places = np.flatnonzero([mine[row]["ratio"] == ratio for row in held.rows])
+                loss, predicted, low, high = (
+                    float(values[places].mean()) for values in (held.loss, held.predicted, held.low, held.high)
+                )
+                numbers = {"loss": loss, "predicted": predicted, "error": predicted - loss, "low": low, "high": high}
+                found.append({**entry, "ratio": ratio, **numbers, "inside": low <= loss <= high})
     return found
-
-
-def _interval(fitted: Fit, x: dict[str, np.ndarray]) -> tuple[float, float]:
-    """95 % for one new run."""
-    values = fitted.law.predict(fitted.resamples, {**fitted.constants, **x})[:, 0]
-    noise = np.random.default_rng(0).choice(fitted.residuals, size=len(values))
-    low, high = np.percentile(values * np.exp(noise), [2.5, 97.5])
-    return float(low), float(high)

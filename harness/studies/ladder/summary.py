@@ -15,6 +15,7 @@ import numpy as np
 from harness.config import HarnessError, dump_yaml, plain
 from harness.disk import write_whole
 from harness.report import Page, Series, line_chart, scatter
+from harness.scaling import Fit, optimal
 
 from .analysis import analyse, columns, fit_rows
 from .config import COUNTS, LadderSection
@@ -179,23 +180,19 @@ def _add_fit(made: Page, config: LadderSection, rows: list[dict[str, Any]]) -> N
     _add_allocation(made, fitted)
 
 
-def _add_allocation(made: Page, fitted: Any) -> None:
+def _add_allocation(made: Page, fitted: Fit) -> None:
     """Where the law says that compute is spent best."""
-    lowest, highest = (6 * f(fitted.x["parameters"] * fitted.x["tokens"]) for f in (np.min, np.max))
-    budgets = np.geomspace(lowest, 30 * highest, 40)
-    values = fitted.law.natural(np.concatenate([fitted.minimum.theta[None], fitted.resamples]))
-    a, b, _, alpha, beta = values.T[..., None]
-    with np.errstate(all="ignore"):
-        scale = (alpha * a / (beta * b)) ** (1 / (alpha + beta))
-        best = scale * (budgets / 6) ** (beta / (alpha + beta))
-    low, high = np.nanpercentile(best[1:], [2.5, 97.5], axis=0)
+    used = 6 * fitted.x["parameters"] * fitted.x["tokens"]
+    budgets = np.geomspace(used.min(), 30 * used.max(), 40)
+    best = [optimal(fitted, float(flops)) for flops in budgets]
+    line = Series(
+        "parameters",
+        budgets.tolist(),
+        [each.parameters for each in best],
+        [each.intervals["parameters"][0] for each in best],
+        [each.intervals["parameters"][1] for each in best],
+    )
     made.figure(
-        line_chart(
-            [Series("parameters", budgets.tolist(), best[0].tolist(), low.tolist(), high.tolist())],
-            "FLOPs (6 N D)",
-            "parameters",
-            log_x=True,
-            log_y=True,
-        ),
-        "The best size for a budget, C = 6 N D, with its 95 % band.",
+        line_chart([line], "C = 6 N D, FLOPs", "parameters", log_x=True, log_y=True),
+        "The best size for a budget, with its 95 % band.",
     )
