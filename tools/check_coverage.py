@@ -2,8 +2,8 @@
 
     python tools/check_coverage.py --out benchmarks/scaling_coverage.json [--repetitions 200] [--workers 2]
 
-Noise: losses times exp(0.002 z), as two seeds of a run differ. Sizes as studies have them: 42 runs (24 of one quantity, 60
-points along runs). The goal is that each parameter's interval holds its true value in at least 90 % of repetitions.
+Noise: losses times exp(0.002 z), as two seeds of a run differ. Sizes as studies have them: 42 runs (24 of one quantity,
+60 points along runs). The goal is that each parameter's interval holds its true value in at least 90 % of repetitions.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def main() -> None:
             laws[name] = summary(name, found)
             print(name, laws[name], flush=True)
     result = {
-        "command": f"python tools/check_coverage.py --out {options.out} --repetitions {options.repetitions} --resamples "
-        f"{options.resamples}",
+        "command": f"python tools/check_coverage.py --out {options.out} --repetitions {options.repetitions} "
+        f"--resamples {options.resamples}",
         "machine": {"system": platform.platform(), "cores": os.cpu_count()},
         "versions": {"python": platform.python_version(), "numpy": version("numpy"), "scipy": version("scipy")},
         "noise_of_log_loss": NOISE,
