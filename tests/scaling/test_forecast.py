@@ -242,6 +242,25 @@ def test_a_run_that_scatters_more_has_a_wider_band() -> None:
     assert found.noise > 2 * quiet.noise
 
 
+def test_a_spike_that_is_over_changes_little() -> None:
+    generator = np.random.default_rng(11)
+    curve = drawn(SCHEDULES["wsd"], generator)
+    losses = curve.losses.copy()
+    losses[[30, 31, 70, 95, 99]] += generator.uniform(0.5, 30, 5)
+    spiked = replace(curve, losses=losses)
+    found, expected = (
+        condition(made_prior(), each.until(2000)).forecast(np.array([STEPS])) for each in (spiked, curve)
+    )
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=3e-3)
+    np.testing.assert_allclose(found.high - found.low, expected.high - expected.low, rtol=0.1)
+    earlier = [drawn(SCHEDULES["drop"], generator)]
+    made = [Prior.from_curves([*earlier, each]) for each in (curve, spiked)]
+    np.testing.assert_allclose(made[0].mean, made[1].mean, atol=0.05)
+    assert made[1].residuals.noise < 1.5 * made[0].residuals.noise
+    smooth = replace(curve, losses=truth(curve.rates, 2.7, TRUTH)[LOGGED - 1])
+    assert len(smooth.settled().without_spikes().steps) == len(smooth.settled().steps)
+
+
 def test_runs_that_part_share_their_drift_until_then() -> None:
     """Against walks: two runs of one beginning, many times."""
     generator, scatter = np.random.default_rng(7), Residuals(0.0, 1.0, 0.5)
