@@ -142,6 +142,17 @@ def test_a_prior_of_curves_finds_the_law() -> None:
     assert 0.1 < np.mean(away) < 3, "chi squared of three, a degree"
 
 
+def test_curves_without_any_noise_are_fitted() -> None:
+    curves = [
+        Curve(name, SCHEDULES[name], LOGGED, truth(SCHEDULES[name], floor, TRUTH)[LOGGED - 1])
+        for name, floor in (("constant", 2.5), ("wsd", 2.8), ("drop", 2.2))
+    ]
+    for count in (2, 3):
+        np.testing.assert_allclose(Prior.from_curves(curves[:count]).mean, TRUTH, atol=0.02)
+    found = condition(Prior.from_curves(curves), curves[1].until(2000)).forecast(np.array([STEPS]))
+    assert found.mean[0] == pytest.approx(curves[1].losses[-1], rel=5e-3)
+
+
 def test_without_annealing_there_is_no_prior() -> None:
     curve = drawn(SCHEDULES["constant"], np.random.default_rng(0))
     with pytest.raises(HarnessError, match="no run anneals"):
