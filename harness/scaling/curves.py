@@ -18,6 +18,9 @@ SETTLED_SHARE = 0.05
 """Losses count from so many warm-ups on, and from this share of the run on: before, no power law holds (a model first
 learns which tokens are frequent), and a misfit there would say more than all that follows."""
 
+SPIKE, SPIKE_LEAST = 8.0, 0.02
+"""A point further than so many standard deviations of its like, and by so much of the loss, is a spike."""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -75,6 +78,17 @@ class Curve:
         over = len(self.steps) % size  # of the oldest
         steps = self.steps[over:].reshape(-1, size).mean(1)
         return self.with_points(np.rint(steps).astype(np.int64), self.losses[over:].reshape(-1, size).mean(1))
+
+    def without_spikes(self) -> Curve:
+        """Without points that stand out from the median of their neighbours, two on either side: a spike that is over
+        says nothing of where a run goes, and would be taken for noise."""
+        log = np.log(self.losses)
+        if len(log) < 5:
+            return self
+        padded = np.pad(log, 2, constant_values=np.nan)
+        away = np.abs(log - np.nanmedian(np.lib.stride_tricks.sliding_window_view(padded, 5), axis=1))
+        kept = away <= max(SPIKE * 1.4826 * float(np.median(away)), SPIKE_LEAST)
+        return self.with_points(self.steps[kept], self.losses[kept])
 
     def with_points(self, steps: np.ndarray, losses: np.ndarray) -> Curve:
         return Curve(self.name, self.rates, steps, losses, self.tokens_per_step, self.parameters, self.kind)

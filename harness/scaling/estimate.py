@@ -44,7 +44,7 @@ def estimate(curves: Sequence[Curve]) -> Estimate:
 
     It begins at the least squares of the best exponent of a grid: the law is linear in all else.
     """
-    curves = [curve.binned(POINTS) for curve in curves]
+    curves = [curve.binned(POINTS).without_spikes() for curve in curves]
     columns = [{"s1": curve.areas[0][curve.steps - 1], "s2": curve.areas[1][curve.steps - 1]} for curve in curves]
     logs = [np.log(curve.losses) for curve in curves]
     own, shared = _linear_start(columns, logs)

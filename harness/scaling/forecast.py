@@ -130,7 +130,7 @@ def condition(prior: Prior, curve: Curve, *, vague: bool = False) -> Conditioned
             f"{curve.name}: {len(settled.steps)} losses after the warm-up and the first steps; a forecast needs at "
             f"least {LEAST_POINTS}"
         )
-    settled = settled.binned(POINTS)
+    settled = settled.binned(POINTS).without_spikes()
     log = np.log(settled.losses)
     mean, spread, scale = prior.for_run(curve)
     if vague:

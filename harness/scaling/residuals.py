@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+LEAST_NOISE = 1e-5
+"""Of a log loss: what a log with five digits has."""
+
 
 @dataclass(frozen=True)
 class Residuals:
@@ -22,7 +25,8 @@ class Residuals:
     def covariance(self, steps: np.ndarray) -> np.ndarray:
         """Of a run's own points: float64 [points, points]."""
         own = [Path(0, np.asarray(steps, dtype=np.float64))]
-        return self.drifts(own, own, np.full((1, 1), np.inf)) + self.noise**2 * np.eye(len(steps))
+        noise = max(self.noise, LEAST_NOISE) ** 2 + 1e-8 * self.drift**2  # of a matrix that can be inverted
+        return self.drifts(own, own, np.full((1, 1), np.inf)) + noise * np.eye(len(steps))
 
     def drifts(self, rows: Sequence[Path], columns: Sequence[Path], partings: np.ndarray) -> np.ndarray:
         """Covariance of d at the points of some paths with those of others, [points of rows, points of columns].

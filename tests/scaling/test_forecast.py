@@ -142,6 +142,17 @@ def test_a_prior_of_curves_finds_the_law() -> None:
     assert 0.1 < np.mean(away) < 3, "chi squared of three, a degree"
 
 
+def test_curves_without_any_noise_are_fitted() -> None:
+    curves = [
+        Curve(name, SCHEDULES[name], LOGGED, truth(SCHEDULES[name], floor, TRUTH)[LOGGED - 1])
+        for name, floor in (("constant", 2.5), ("wsd", 2.8), ("drop", 2.2))
+    ]
+    for count in (2, 3):
+        np.testing.assert_allclose(Prior.from_curves(curves[:count]).mean, TRUTH, atol=0.02)
+    found = condition(Prior.from_curves(curves), curves[1].until(2000)).forecast(np.array([STEPS]))
+    assert found.mean[0] == pytest.approx(curves[1].losses[-1], rel=5e-3)
+
+
 def test_without_annealing_there_is_no_prior() -> None:
     curve = drawn(SCHEDULES["constant"], np.random.default_rng(0))
     with pytest.raises(HarnessError, match="no run anneals"):
@@ -240,6 +251,25 @@ def test_a_run_that_scatters_more_has_a_wider_band() -> None:
     assert quiet.inflation < 1.3
     assert found.inflation > 1.4
     assert found.noise > 2 * quiet.noise
+
+
+def test_a_spike_that_is_over_changes_little() -> None:
+    generator = np.random.default_rng(11)
+    curve = drawn(SCHEDULES["wsd"], generator)
+    losses = curve.losses.copy()
+    losses[[30, 31, 70, 95, 99]] += generator.uniform(0.5, 30, 5)
+    spiked = replace(curve, losses=losses)
+    found, expected = (
+        condition(made_prior(), each.until(2000)).forecast(np.array([STEPS])) for each in (spiked, curve)
+    )
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=3e-3)
+    np.testing.assert_allclose(found.high - found.low, expected.high - expected.low, rtol=0.1)
+    earlier = [drawn(SCHEDULES["drop"], generator)]
+    made = [Prior.from_curves([*earlier, each]) for each in (curve, spiked)]
+    np.testing.assert_allclose(made[0].mean, made[1].mean, atol=0.05)
+    assert made[1].residuals.noise < 1.5 * made[0].residuals.noise
+    smooth = replace(curve, losses=truth(curve.rates, 2.7, TRUTH)[LOGGED - 1])
+    assert len(smooth.settled().without_spikes().steps) == len(smooth.settled().steps)
 
 
 def test_runs_that_part_share_their_drift_until_then() -> None:
