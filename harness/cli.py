@@ -342,6 +342,8 @@ def build_parser() -> argparse.ArgumentParser:
         elif verb is report:
             command.add_argument("target", metavar="run", help="a run folder, finished or still going")
             command.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the run folder")
+        elif verb is remove_norms:
+            _add_target(command, "a YAML file such as those in configs/norm_removal/, or the folder of a removal")
         elif verb is not doctor:
             also = ", a Hugging Face folder" if verb in (evaluate, generate, config) else ""
             example = "selection" if verb is select else "quickstart"
