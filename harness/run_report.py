@@ -133,6 +133,25 @@ def _add_losses(made: Page, log: Run) -> None:
     if "validation_loss" in log.columns:
         lines.append(curve(log, "validation_loss", "validation loss"))
     made.figure(line_chart(lines, "step", "nats a token"))
+    if "forecast_final" in log.columns:
+        lines = [_between(log, "final loss, as forecast at this step", "forecast_final", "forecast")]
+        lines.append(_between(log, "band of the loss, as first forecast", None, "forecast_band"))
+        made.figure(
+            line_chart(
+                [*lines, *(curve(log, name, NAMES[name]) for name in ("validation_loss",) if name in log.columns)],
+                "step",
+                "nats a token",
+            ),
+            "Forecasts, with 95 % intervals.",
+        )
+
+
+def _between(log: Run, title: str, middle: str | None, prefix: str) -> Series:
+    """Columns PREFIX_low and PREFIX_high as a band, around another column or their own middle."""
+    low, high = log.column(f"{prefix}_low"), log.column(f"{prefix}_high")
+    there = np.isfinite(low)
+    values = (low + high) / 2 if middle is None else log.column(middle)
+    return Series(title, *(part[there].tolist() for part in (log.steps, values, low, high)))
 
 
 def _add_law(made: Page, log: Run) -> None:

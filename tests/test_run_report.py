@@ -11,7 +11,7 @@ import pytest
 
 from harness import cli, runs
 from harness.config import HarnessError
-from harness.run_report import curve, page_of, run_curve, write_run_report
+from harness.run_report import _between, curve, page_of, run_curve, write_run_report
 from harness.scaling import annealing_areas
 from harness.train import train
 from tests.report.browser import open_page
@@ -94,3 +94,18 @@ def test_a_run_that_was_never_read_by_these_settings_still_has_a_page(run: Path)
     log = runs.read(run)
     foreign = runs.Run(run, {**log.config, "unknown": 1}, log.environment, log.metrics, log.events)
     assert "global_batch_size" in text_of(page_of(foreign).html())
+
+
+def test_forecasts_are_drawn(run: Path) -> None:
+    log = runs.read(run)
+    ends = {"forecast_final": 2.0, "forecast_low": 1.9, "forecast_high": 2.25}
+    band = {"forecast_band_low": 2.5, "forecast_band_high": 2.75}
+    metrics = [{**record, **(ends | band if record["step"] % 10 == 0 else {})} for record in log.metrics]
+    drawn = runs.Run(run, log.config, log.environment, metrics, log.events)
+    final = _between(drawn, "final", "forecast_final", "forecast")
+    kept = _between(drawn, "band", None, "forecast_band")
+    assert list(final.x) == list(kept.x) == [10, 20, 30, 40, 50, 60]
+    assert (final.y[0], final.lower, final.upper) == (2.0, [1.9] * 6, [2.25] * 6)
+    assert (kept.y[0], kept.lower, kept.upper) == (2.625, [2.5] * 6, [2.75] * 6)
+    assert "Forecasts, with 95 % intervals." in text_of(page_of(drawn).html())
+    assert "Forecasts" not in text_of(page_of(log).html())
