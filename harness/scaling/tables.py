@@ -176,6 +176,8 @@ def _read_runs(paths: Sequence[Path], count: str) -> tuple[list[dict[str, Any]],
 
 def _run_row(log: Run, count: str) -> tuple[dict[str, Any], bool]:
     counts = log.environment.get("parameters", {})
+    validated = [record for record in log.metrics if "validation_loss" in record]
+    last = validated[-1] if validated else log.metrics[-1]  # of a run still going, the tokens are the loss's own
     try:
         tied = bool(log.config["model"]["tied_head"])
         parameters = {
@@ -183,12 +185,12 @@ def _run_row(log: Run, count: str) -> tuple[dict[str, Any], bool]:
             "non-embedding": counts["blocks"],
             "without-head": counts["total"] - (0 if tied else counts["head"]),
         }
-        tokens = log.metrics[-1]["tokens_seen"]
+        tokens = last["tokens_seen"]
         flops = log.environment["model_flops_per_token"] * tokens
     except KeyError as error:
         raise HarnessError(f"{log.path}: does not say its {error.args[0]}; was it made by `harness train`?") from None
-    validations = [record["validation_loss"] for record in log.metrics if "validation_loss" in record]
     losses = log.column("loss")
-    loss = validations[-1] if validations else float(losses[-max(1, round(LAST_SHARE * len(losses))) :].mean())
+    mean = float(losses[-max(1, round(LAST_SHARE * len(losses))) :].mean())
+    loss = last["validation_loss"] if validated else mean
     row = {"run": log.path.name, "parameters": parameters[count], "tokens": tokens, "flops": flops, "loss": loss}
-    return row, bool(validations)
+    return row, bool(validated)

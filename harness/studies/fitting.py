@@ -98,6 +98,10 @@ def fit_data(law: str, paths: Sequence[Path], options: FitOptions) -> Fitted:
     """HarnessError, one line, for data that cannot be fitted."""
     if law not in LAW_NAMES:
         raise ConfigError(f"{law!r} is no law; known: {', '.join(LAW_NAMES)}")
+    if options.flops and law != "chinchilla":
+        raise ConfigError(f"--flops: the law {law} shares no compute between parameters and tokens; chinchilla does")
+    if options.group is not None and law in (ISOFLOP, "annealing"):
+        raise ConfigError(f"--group: {law} resamples by its own budgets or curves; leave it out")
     if law == "annealing":
         return _fit_annealing(paths, options)
     table = read_tables(paths, options.count)

@@ -133,3 +133,20 @@ def test_run_folders_say_what_was_counted(tmp_path: Path) -> None:
     assert any("mean training loss" in note for note in table.notes)
     with pytest.raises(HarnessError, match="is no run folder like"):
         read_tables([folders[0], written(tmp_path, "a.csv", "N\n1\n")])
+
+
+def test_a_run_still_going_counts_to_its_last_validation(tmp_path: Path) -> None:
+    settings = small_settings(
+        tmp_path,
+        run={"name": "going"},
+        train={"steps": 8},
+        validation={"every_steps": 3, "samples": 8, "batch_size": 2},
+    )
+    folder = train(settings).folder
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join(lines[:7]) + "\n")
+    row = json.loads(lines[5])
+    table = read_tables([folder])
+    assert table.columns["loss"].tolist() == [row["validation_loss"]]
+    assert table.columns["tokens"].tolist() == [row["tokens_seen"]]
+    assert "loss: last validation" in table.notes

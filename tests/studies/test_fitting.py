@@ -140,6 +140,8 @@ def test_bad_data_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["chinchila", "x.csv"], "'chinchila' is neither a law (power, chinchilla"),
         (["chinchilla"], "no data for the law chinchilla"),
         (["chinchilla", "absent.csv"], "absent.csv: No such file or directory"),
+        (["power", "x.csv", "--flops", "1e20"], "--flops: the law power shares no compute"),
+        (["isoflop", "x.csv", "--group", "run"], "--group: isoflop resamples by its own budgets"),
         (["chinchilla", "--given", "A=1"], "is missing; needs A, B, E"),
         (["power", "--given", "A=1"], "--given: is for the law chinchilla"),
         (["chinchilla", "--given", "A=406.4,B=410.7,E=1.69,alpha=0.34,beta=0.28"], "--given needs --flops"),
