@@ -242,7 +242,8 @@ def test_the_verbs(finished: SelectionStudySection, tmp_path: Path, capsys: pyte
     assert "report.html" in capsys.readouterr().out
     file.write_text("kind: ladders\n")
     assert main(["study", "run", str(file)]) == 2
-    assert "'ladders' is no kind of study; known: ladder, norm_removal, selection, tokenization" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "'ladders' is no kind of study; known: ladder, norm_removal, selection, tokenization" in said
 
 
 def test_mistakes_in_a_configuration_are_said(tmp_path: Path) -> None:
