@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 # Test processes at a time, on two cores; many tests start up to four processes each, and many wait for a clock.
-WORKERS ?= 4
+WORKERS ?= 3
 PIP     = $(VENV)/bin/python -m pip
 # What an installation compiles.
 NATIVE  = $(wildcard harness/selection/native/*)

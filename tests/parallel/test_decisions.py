@@ -19,13 +19,16 @@ from tests.test_train import series
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="stages 1 to 3 need the extra `zero`")
 ROOT = Path(__file__).parents[2]
+MARKS = {"dp4-zero0": pytest.mark.slow}  # the same decisions again
 LAYOUTS = {
     "tp2-dp2-zero1": {"tensor": 2, "sequence_parallel": True, "zero_stage": 1},
     "dp4-zero0": {"tensor": 1, "zero_stage": 0},
 }
 
 
-@pytest.fixture(scope="module", params=LAYOUTS.values(), ids=LAYOUTS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(LAYOUTS[name], id=name, marks=MARKS.get(name, ())) for name in LAYOUTS]
+)
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder, and what the ranks saw, which must be the same on each."""
     folder = tmp_path_factory.mktemp("decisions")

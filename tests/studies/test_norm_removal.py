@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from harness.callbacks import Callback, FaultError, TrainerView
 from harness.config import HarnessError, dump_yaml, validate
 from harness.normfree import NormRemoval
 from harness.studies.norm_removal import plan, report, run, status
+from harness.studies.norm_removal import runs as study_runs
 from harness.studies.norm_removal.config import NormRemovalStudySection
 from harness.studies.norm_removal.grid import control_cells, removal_cells
 from harness.studies.norm_removal.runs import run_cells
+from harness.train import train
 
 NAMES = ("ast", "inspect", "pydoc", "tarfile", "turtle", "typing")
 
@@ -162,3 +165,31 @@ def test_nothing_done_is_no_report(tmp_path: Path) -> None:
     path, _ = write(tmp_path)
     with pytest.raises(HarnessError, match="no removal of this study is done yet"):
         report(path)
+
+
+class Diverges(Callback):
+    name = "diverges"
+
+    def after_step(self, trainer: TrainerView, record: dict[str, Any]) -> None:
+        if trainer.step == 9:
+            raise FaultError("step 10: the loss is nan")
+
+
+def test_a_removal_that_diverges_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends neither the study nor the report, and has no controls."""
+    path, config = write(tmp_path, seeds=1)
+
+    def diverging(settings: Any) -> Any:
+        return train(settings, [Diverges()] if settings.run.folder.endswith("cells") else [])
+
+    monkeypatch.setattr(study_runs, "train", diverging)
+    assert run_cells(config) == 1
+    assert run_cells(config) == 0
+    assert control_cells(config) == []
+    report(path)
+    found = json.loads((config.path / "report.json").read_text())
+    assert found["rows"] == [{"family": "llama", "arm": "fixed", "seeds": 0, "failed_after": [8]}]
+    assert found["runs"][0]["failed"] == "step 10: the loss is nan"
+    assert found["runs"][0]["curve"][-1][0] == 8, "the record of the step itself comes after the callbacks"
+    assert "| llama | fixed | 0 |" in (config.path / "report.md").read_text()
+    assert "after step 8" in (config.path / "report.html").read_text()

@@ -17,7 +17,8 @@ RESULT_NATS = 0.2
 
 
 def analyse(config: NormRemovalStudySection) -> dict[str, Any]:
-    """Sources, and a row for every family and arm. HarnessError where nothing is done yet."""
+    """Sources, and a row for every family and arm; `failed_after`: the steps after which seeds of it diverged.
+    HarnessError where nothing is done yet."""
     sources = {}
     for family in config.families:
         file = config.path / "sources" / family / "measured.json"
@@ -36,9 +37,11 @@ def analyse(config: NormRemovalStudySection) -> dict[str, Any]:
 
 def _row(config: NormRemovalStudySection, family: str, arm: str, source: dict[str, Any]) -> dict[str, Any] | None:
     done = [(cell, cell.result(config)) for cell in removal_cells(config) if (cell.family, cell.arm) == (family, arm)]
-    found = [(cell, result) for cell, result in done if result is not None]
+    ended = [(cell, result) for cell, result in done if result is not None]
+    failed = [result["failed_after"] for _, result in ended if "failed" in result]
+    found = [(cell, result) for cell, result in ended if "failed" not in result]
     if not found:
-        return None
+        return {"family": family, "arm": arm, "seeds": 0, "failed_after": failed} if failed else None
     gaps: dict[str, Any] = {}
     for control in config.controls:
         pairs = []
@@ -54,6 +57,7 @@ def _row(config: NormRemovalStudySection, family: str, arm: str, source: dict[st
         "family": family,
         "arm": arm,
         "seeds": len(found),
+        "failed_after": failed,
         "loss": float(np.mean(losses)),
         "minus_original": over_seeds(before),
         "gaps": gaps,

@@ -51,7 +51,7 @@ def control_cells(config: NormRemovalStudySection) -> list[Cell]:
     found = []
     for cell in removal_cells(config):
         result = cell.result(config)
-        if result is not None:
+        if result is not None and "failed" not in result:
             found += [
                 Cell(cell.family, control.name, cell.seed, result["consumed_steps"]) for control in config.controls
             ]

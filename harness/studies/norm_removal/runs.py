@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.callbacks import FaultError
 from harness.config import plain, validate
 from harness.convert import RunSource
 from harness.data import EvaluationWindows, prepare_for_training
@@ -63,7 +64,7 @@ def source_of(config: NormRemovalStudySection, family: str) -> Path:
 
 def run_cell(config: NormRemovalStudySection, cell: Cell) -> dict[str, Any]:
     """Fine-tune, measure, and of a removal fold and prove. The run's checkpoints are deleted then: what counts is in
-    the result."""
+    the result. A removal that diverges is a result, too: its curve, and `failed` with the reason."""
     source = source_of(config, cell.family)
     started, used = time.perf_counter(), time.process_time()
     folder = config.path / "cells" / cell.name
@@ -72,7 +73,11 @@ def run_cell(config: NormRemovalStudySection, cell: Cell) -> dict[str, Any]:
     removal = {**plain(arm.norm_removal), "enabled": True}
     recipe = config.removal.model_copy(update={"steps": cell.steps})
     settings = _settings(config, folder, cell.family, recipe, seed, norm_removal=removal, init_from=str(source))
-    train(settings)
+    failed = None
+    try:
+        train(settings)
+    except FaultError as error:
+        failed = str(error)
     log = read(folder)
     result: dict[str, Any] = {
         **asdict(cell),
@@ -83,7 +88,9 @@ def run_cell(config: NormRemovalStudySection, cell: Cell) -> dict[str, Any]:
         ],
         "events": [event for event in log.events if event["event"] in ("norm_removed", "rolled_back")],
     }
-    if arm.norm_removal.control == "none":
+    if failed is not None:
+        result |= {"failed": failed, "failed_after": log.metrics[-1]["step"] if log.metrics else 0}
+    elif arm.norm_removal.control == "none":
         result["consumed_steps"] = consumed_steps(folder, recipe.sequences)
         why_not = fold_run(folder, cell.steps)
         proof = prove(

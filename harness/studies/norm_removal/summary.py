@@ -64,15 +64,19 @@ def tables(config: NormRemovalStudySection, analysis: dict[str, Any]) -> dict[st
         )
     heads = ["family", "arm", "seeds", "loss", "less original"]
     heads += [f"less {control.name}" for control in config.controls]
-    heads += ["proofs hold", "rollbacks", "99.9 %", "calibration error", "rare bytes"]
+    heads += ["proofs hold", "rollbacks", "99.9 %", "calibration error", "rare bytes", "diverged"]
     lines = []
     for row in analysis["rows"]:
+        diverged = ", ".join(f"after step {step}" for step in row["failed_after"])
+        if not row["seeds"]:
+            lines.append([row["family"], row["arm"], 0, *[""] * (len(heads) - 4), diverged])
+            continue
         gaps = [gap(row["gaps"].get(control.name)) for control in config.controls]
         lines.append(
             [
                 row["family"], row["arm"], row["seeds"], f"{row['loss']:.4f}", gap(row["minus_original"]), *gaps,
                 f"{row['proofs_hold']} of {row['seeds']}", row["rollbacks"], f"{row['p999']:.2f}",
-                f"{row['calibration_error']:.4f}", f"{row['rare_bytes']:.3f}",
+                f"{row['calibration_error']:.4f}", f"{row['rare_bytes']:.3f}", diverged,
             ]
         )  # fmt: skip
     return {"Sources": (SOURCE_HEADS, sources), "Removals": (heads, lines)}
